@@ -1,0 +1,132 @@
+"""The plan: the resolved decision for every site of a program, and what was measured to carry it out.
+
+A `Plan` is a pytree. Its structure is what was decided (`Decision`s), its leaves are the static ranges of activations.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.decisions import plan_json, table
+from jaxq.decisions.decision import Decision, Ranges
+from jaxq.numbers.calibrators import Range
+from jaxq.programs.sites import Site
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The decision for every matmul, convolution and embedding lookup of a program.
+
+    ranges: for each decision, for each operand, the static `Range` (float32 arrays of shape `site.stack`) or None.
+    Printing it gives the table. Accepted wherever a policy is.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["up"]), {"up": jnp.ones((8, 4))}
+    >>> plan = jaxq.make_plan(f, jaxq.w8a8())(params, jnp.ones((2, 8)))
+    >>> plan["up"].scheme.weight, jaxq.Plan.from_json(plan.to_json()) == plan
+    (int8 per channel, True)
+    """
+
+    decisions: tuple[Decision, ...]
+    ranges: Ranges
+
+    def tree_flatten_with_keys(self):
+        keys = [jax.tree_util.DictKey(d.site.name) for d in self.decisions]
+        return list(zip(keys, self.ranges, strict=True)), self.decisions
+
+    def tree_flatten(self):
+        return self.ranges, self.decisions
+
+    @classmethod
+    def tree_unflatten(cls, decisions, ranges):
+        return cls(decisions, tuple(ranges))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites, those left in float included."""
+        return tuple(decision.site for decision in self.decisions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all sites."""
+        return tuple(decision.site.name for decision in self.decisions)
+
+    def __getitem__(self, name: str) -> Decision:
+        for decision in self.decisions:
+            if decision.site.name == name:
+                return decision
+        raise KeyError(f"no site '{name}' in this plan; sites are: {', '.join(self.names)}")
+
+    def range(self, name: str) -> tuple[Range | None, ...]:
+        """Return the static ranges of a site's operands."""
+        self[name]
+        return self.ranges[self.names.index(name)]
+
+    def check(self, *, quantized: bool = False, observed: bool = False) -> "Plan":
+        """Return the plan, or raise `ValueError` naming every site that fails.
+
+        quantized: every site that could have a scheme has one (those with an obstacle, such as derived weights and
+        backward passes, aside); observed: every static range has seen data.
+        """
+        problems = []
+        if quantized:
+            skipped = [d for d in self.decisions if d.scheme is None and not d.site.obstacle]
+            problems += [f"  {d.site.name} stays float: {d.reason}" for d in skipped]
+        if observed:
+            problems += [f"  {name} has no observed range: run jaxq.calibrate" for name in self.unobserved()]
+        if problems:
+            raise ValueError("the plan fails its check:\n" + "\n".join(problems))
+        return self
+
+    def unobserved(self) -> list[str]:
+        """Return the sites whose static ranges have seen no data, in no layer; traced ranges are not known."""
+        names = []
+        for decision, ranges in zip(self.decisions, self.ranges, strict=True):
+            counts = [r.count for r in ranges if r is not None and not isinstance(r.count, jax.core.Tracer)]
+            if any(np.size(c) and not np.any(np.asarray(c) > 0) for c in counts):
+                names.append(decision.site.name)
+        return names
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; `Plan.from_json` gives it back, equal."""
+        return plan_json.dump(self.decisions, self.ranges)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read what `to_json` wrote; raise `ValueError` for anything else."""
+        return Plan(*plan_json.load(text))
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, Plan) or self.decisions != other.decisions:
+            return False
+        if str(jax.tree.structure(self.ranges)) != str(jax.tree.structure(other.ranges)):
+            return False
+        pairs = zip(jax.tree.leaves(self.ranges), jax.tree.leaves(other.ranges), strict=True)
+        return all(np.array_equal(x, y) for x, y in pairs)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Plan({sum(d.scheme is not None for d in self.decisions)} of {len(self.decisions)} sites quantized)"
+
+    def __str__(self) -> str:
+        return table.render([_row(d) for d in self.decisions], _summary(self))
+
+
+def _row(decision: Decision) -> table.Row:
+    site, scheme = decision.site, decision.scheme
+    weight = "float" if not (scheme and scheme.weight and site.weight) else repr(scheme.weight)
+    act = "float" if not (scheme and scheme.act and any(o.role == "act" for o in site.operands)) else repr(scheme.act)
+    shape = "x".join(str(n) for n in (*site.stack, *site.weight.shape)) if site.weight else "-"
+    return table.Row(site.name, site.op, shape, site.flops, weight, act, decision.reason)
+
+
+def _summary(plan: Plan) -> str:
+    total = sum(d.site.flops for d in plan.decisions if not d.site.obstacle)
+    integer = sum(d.site.flops for d in plan.decisions if d.is_integer)
+    kept = [d for d in plan.decisions if d.scheme is None]
+    share = f", {100 * integer / total:.1f} % of the FLOPs in integers" if total else ""
+    return f"{len(plan.decisions) - len(kept)} of {len(plan.decisions)} sites quantized, {len(kept)} in float{share}"

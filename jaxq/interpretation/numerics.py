@@ -1,0 +1,156 @@
+"""The arithmetic of one site: quantize the operands, run the integer kernel, differentiate straight through.
+
+The forward pass of training and of serving is the same function on the same codes. Its derivative treats every
+quantizer as the identity where the rounded value is inside the range and as a constant outside (Jacob et al. 2018,
+section 3), and multiplies *dequantized* operands, in every op: the exact gradient of the imitation in float. It is a
+`custom_jvp`, so forward mode, reverse mode and second derivatives all work. Weights and ranges pass an optimization
+barrier, without which XLA folds constants into other roundings than it uses for arguments.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxq import lowering
+from jaxq.numbers.blocks import hide
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.qarray import QArray
+from jaxq.numbers.quantizers import Affine, Quantizer, affine_for, affine_of, encode, raw_scale, rounded, settle
+from jaxq.programs.ops import Embedding, Op
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to do at a site, hashable: the operation, its operands' quantizers, and which operand is the weight."""
+
+    op: Op
+    quantizers: tuple[Quantizer | None, ...]
+    weight: int | None
+
+
+def to_codes(quantizer: Quantizer, contracted: Sequence[int], x: jax.Array, r: Range | None) -> QArray:
+    """Quantize an operand by its static range, or by its own where there is none."""
+    return encode(x, _affine(quantizer, contracted, x, r), quantizer)
+
+
+def _affine(quantizer: Quantizer, contracted: Sequence[int], x: jax.Array, r: Range | None) -> Affine:
+    grid = quantizer.grid(x.shape, contracted)
+    if not quantizer.static:
+        return affine_for(quantizer, lax.stop_gradient(x), grid)
+    assert r is not None, "a static quantizer comes with a range"
+    fixed = Range(*(lax.reshape(lax.stop_gradient(jnp.asarray(leaf)), grid) for leaf in r))
+    return affine_of(quantizer, fixed)
+
+
+def weight_codes(task: Task, w: jax.Array) -> QArray:
+    """Return the codes of a weight operand: what `convert` stores."""
+    return _settled(_raw_weight_codes(task, w))
+
+
+def _raw_weight_codes(task: Task, w: jax.Array) -> QArray:
+    """Return the codes of a weight operand, with a scale still to be settled where it is symmetric."""
+    quantizer, contracted, w = task.quantizers[task.weight], task.op.contracted[task.weight], hide(w)
+    if not quantizer.symmetric or not quantizer.format.signed:
+        return to_codes(quantizer, contracted, w, None)
+    raw = raw_scale(quantizer, w, quantizer.grid(w.shape, contracted))
+    return dataclasses.replace(encode(w, Affine(settle(raw), None), quantizer), scale=raw)
+
+
+def _settled(q: QArray) -> QArray:
+    """Return codes with their scale settled: the same operations on a scale just computed and on a stored one."""
+    return dataclasses.replace(q, scale=settle(q.scale))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple) -> jax.Array:
+    """Run one site. operands: arrays or, for a converted weight, a QArray; ranges: per operand or None."""
+    ranges = hide(ranges)
+    coded = tuple(_coded(task, n, x, ranges[n]) for n, x in enumerate(operands))
+    return _product(task, operands, coded, ranges, rest)
+
+
+def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
+    """Return an operand's codes; None where it stays float."""
+    if isinstance(x, QArray):
+        return _settled(hide(x))
+    if task.quantizers[number] is None:
+        return None
+    x = lax.stop_gradient(x)
+    if number == task.weight:
+        return _settled(hide(_raw_weight_codes(task, x)))
+    return to_codes(task.quantizers[number], task.op.contracted[number], x, r)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(task: Task, operands: tuple, coded: tuple, ranges: tuple, rest: tuple) -> jax.Array:
+    """Run the operation on codes; `operands` are what they are codes of, which only the derivative looks at."""
+    return lowering.run(task.op, [x if q is None else q for x, q in zip(operands, coded, strict=True)], rest)
+
+
+def _product_jvp(task: Task, primals, tangents):
+    operands, coded, ranges, rest = primals
+    out = _product(task, *primals)
+    smooth = [_smooth(task, n, *pair) for n, pair in enumerate(zip(operands, coded, ranges, strict=True))]
+    terms = []
+    for n, (x, dx) in enumerate(zip(operands, tangents[0], strict=True)):
+        if isinstance(x, QArray):
+            _refuse_gradient(dx)
+            continue
+        if isinstance(dx, SymbolicZero):
+            continue
+        step = dx if coded[n] is None else _through(task, n, x, ranges[n], dx)
+        terms.append(_linear(task.op, *smooth[:n], step, *smooth[n + 1 :], *rest))
+    return out, functools.reduce(lax.add, terms) if terms else lax.full_like(out, 0)
+
+
+def _linear(op: Op, *operands) -> jax.Array:
+    """Run the operation on tangents: what a lookup out of bounds is filled with is a constant, its tangent zero."""
+    return op.apply(*operands, fill_value=0) if isinstance(op, Embedding) else op.apply(*operands)
+
+
+def _refuse_gradient(tangent: QArray) -> None:
+    if not isinstance(tangent.scale, SymbolicZero):
+        raise TypeError(
+            "there is no gradient by a converted weight (a QArray): differentiate by the float leaves, for example "
+            "adapters, or train float parameters with jaxq.qat"
+        )
+
+
+_product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+def _smooth(task: Task, number: int, x, q: QArray | None, r: Range | None) -> jax.Array:
+    """Return an operand as the derivative sees it: dequantized, itself differentiable straight through."""
+    if q is None:
+        return x
+    return q.decode() if isinstance(x, QArray) else _imitation(task, number, x, q, r)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _imitation(task: Task, number: int, x: jax.Array, q: QArray, r: Range | None) -> jax.Array:
+    """Return `decode(q)`, where q is the codes of x: straight through towards x."""
+    return q.decode(x.dtype)
+
+
+@_imitation.defjvp
+def _imitation_jvp(task, number, primals, tangents):
+    x, _, r = primals
+    return _imitation(task, number, *primals), _through(task, number, x, r, tangents[0])
+
+
+def _through(task: Task, number: int, x: jax.Array, r: Range | None, dx: jax.Array) -> jax.Array:
+    """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
+    quantizer = task.quantizers[number]
+    if not quantizer.static and (quantizer.format.signed or not quantizer.symmetric):
+        return dx  # a range taken from the data itself clips nothing
+    low, high = quantizer.bounds()
+    affine = _affine(quantizer, task.op.contracted[number], x, r)
+    codes = rounded(lax.stop_gradient(x), affine, x.shape)
+    inside = lax.bitwise_and(lax.ge(codes, np.float32(low)), lax.le(codes, np.float32(high)))
+    return lax.select(inside, dx, lax.full_like(dx, 0))

@@ -1,0 +1,141 @@
+"""A call made ready to interpret: traced, analysed, and every site given its decision.
+
+`load` does it once per kind of call; `Program.run` interprets. The plan is resolved here: a policy becomes a plan, a
+plan is fitted to the program's sites.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.decisions import resolve
+from jaxq.decisions.decision import Decision
+from jaxq.decisions.plan import Plan
+from jaxq.decisions.policy import Policy
+from jaxq.interpretation import modules
+from jaxq.interpretation.arguments import Layout, shape_of
+from jaxq.interpretation.interpret import Channel, Interpreter
+from jaxq.interpretation.rules import Execute, Given, Rule
+from jaxq.numbers.blocks import hide
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.qarray import QArray
+from jaxq.programs import jaxpr
+from jaxq.programs.analysis import Analysis, analyze
+from jaxq.programs.sites import Located, Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function with a decision for every site. The output tree is `(out, module changes)`.
+
+    weights: for each leaf of the call its index among the parameter leaves, or None.
+    """
+
+    body: jaxpr.Body
+    out_structure: Any
+    analysis: Analysis
+    decisions: tuple[Decision, ...]
+    ranges: tuple[tuple[Range | None, ...], ...]
+    weights: tuple[int | None, ...]
+
+    @property
+    def active(self) -> dict[Path, Located]:
+        """The sites that are quantized, by path."""
+        pairs = zip(self.analysis.located, self.decisions, strict=True)
+        return {item.path: item for item, decision in pairs if decision.scheme is not None}
+
+    @property
+    def coded(self) -> set[int]:
+        """The parameter leaves that quantized weights are made of."""
+        return {i for item in self.active.values() for i in item.sources}
+
+    @property
+    def execute(self) -> Execute:
+        """The rule that runs every active site quantized."""
+        pairs = zip(self.analysis.located, self.decisions, strict=True)
+        return Execute({item.path: decision for item, decision in pairs})
+
+    def channel(self, leaves: list, weights: dict[str, QArray]) -> Channel:
+        """Return what each active site is given: its ranges, and its converted weight if there is one.
+
+        A static range says nothing of NaN in the data, which would pass for a number; so NaN in an input makes every
+        static range NaN, and with it what comes out.
+        """
+        triples = zip(self.analysis.located, self.decisions, self.ranges, strict=True)
+        alarm = self.alarm(leaves, not weights) if jax.tree.leaves(self.ranges) else None
+        return {
+            item.path: Given(tuple(r and _alarmed(r, alarm) for r in ranges), weights.get(decision.site.name))
+            for item, decision, ranges in triples
+            if decision.scheme is not None
+        }
+
+    def alarm(self, leaves: list, parameters: bool) -> jax.Array:
+        """Return zero, or NaN where an array that enters in float holds NaN.
+
+        Quantized weights have scales to show it; converted parameters were checked when they were converted.
+        """
+        coded = self.coded
+        pairs = zip(leaves, self.weights, strict=True)
+        inputs = [x for x, i in pairs if i is None or (parameters and i not in coded)]
+        data = [x for x in inputs if isinstance(x, (jax.Array, np.ndarray)) and jaxpr.is_float(x)]
+        # A maximum of zeros and ones: XLA may drop NaN from a maximum, and reduces floats faster than booleans.
+        bells = [jnp.isnan(jax.lax.stop_gradient(x)).astype(jnp.float32) for x in data if 0 not in x.shape]
+        alarm = functools.reduce(jnp.maximum, [jnp.max(bell) for bell in bells], jnp.float32(0))
+        return jnp.where(alarm > 0, jnp.float32(jnp.nan), jnp.float32(0))
+
+    def run(self, rule: Rule, leaves: list, weights: dict[str, QArray]) -> tuple[Any, dict[Path, Any]]:
+        """Return `(out, module changes)` and the observations. Without an active site it is the program itself."""
+        active = self.active
+        if not active:
+            return jax.tree.unflatten(self.out_structure, jaxpr.evaluate(self.body, *leaves)), {}
+        outs, seen = Interpreter(active, rule).run(
+            self.veiled(active), self.veil(leaves), self.channel(leaves, weights)
+        )
+        return jax.tree.unflatten(self.out_structure, outs), seen
+
+    def veil(self, leaves: list) -> list:
+        """Return the leaves with those that quantized weights are made of behind a barrier."""
+        coded = self.coded
+        return [hide(x) if i in coded else x for x, i in zip(leaves, self.weights, strict=True)]
+
+    def veiled(self, active: dict[Path, Located]) -> jaxpr.Body:
+        """Return the body; its constants are hidden where a quantized weight is one."""
+        if not any(item.weight is not None and not item.sources for item in active.values()):
+            return self.body
+        return self.body._replace(consts=tuple(hide(list(self.body.consts))))
+
+
+def _alarmed(r: Range, alarm: jax.Array) -> Range:
+    """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull."""
+    if jnp.ndim(r.count):
+        seen = r.count > 0
+        r = Range(jnp.where(seen, r.lo, jnp.min(r.lo)), jnp.where(seen, r.hi, jnp.max(r.hi)), r.count)
+    return r._replace(hi=r.hi + alarm)
+
+
+def load(fn: Callable, layout: Layout, leaves: list, policy: Policy | Plan, lines: bool = True) -> Program:
+    """Trace a function on the leaves of a call and resolve a policy, or fit a plan, to its sites.
+
+    lines: look up the source line of every site, which is slow.
+    """
+
+    def flat(*arrays):
+        before = list(arrays)
+        args, kwargs = layout.unflatten(before)
+        out = fn(*args, **kwargs)
+        changed = modules.changes(layout, before, (args, kwargs)) if modules.holds_module((args, kwargs)) else {}
+        return out, changed
+
+    body, out = jaxpr.trace(flat, *(shape_of(leaf) for leaf in leaves))
+    analysis = analyze(body, layout.weights, layout.names, lines)
+    if isinstance(policy, Plan):
+        decisions, ranges = resolve.fit(policy, analysis.sites)
+    else:
+        made = resolve.make(policy, analysis.sites)
+        decisions, ranges = made.decisions, made.ranges
+    return Program(body, jax.tree.structure(out), analysis, decisions, ranges, layout.weights)

@@ -1,0 +1,151 @@
+"""What happens at a site: run it quantized, watch it, or capture its weight.
+
+A rule returns the site's outputs and an observation (or None), and says how observations combine where programs loop,
+branch and spread over devices. This is all that differs between the interpretations.
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq.decisions.decision import Decision
+from jaxq.interpretation.numerics import Task, run_site, weight_codes
+from jaxq.numbers import calibrators
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.qarray import QArray
+from jaxq.numbers.quantizers import observe
+from jaxq.programs import jaxpr
+from jaxq.programs.sites import Located, Path
+
+
+class Given(NamedTuple):
+    """What a site is given from outside: static ranges per operand, and its weight's codes if they were converted."""
+
+    ranges: tuple[Range | None, ...]
+    weight: QArray | None
+
+
+class Rule(abc.ABC):
+    """How to run a site, and how its observations combine. An observation of zeros means "nothing seen"."""
+
+    once: bool = False  # run every branch, and loop bodies once: for what does not depend on data
+
+    @abc.abstractmethod
+    def __call__(self, item: Located, eqn: jaxpr.Eqn, operands: list, given: Given) -> tuple[list, Any]:
+        """Return the outputs of a site equation and an observation or None."""
+
+    @abc.abstractmethod
+    def merge(self, a: Any, b: Any) -> Any:
+        """Return what two observations of one site amount to."""
+
+    @abc.abstractmethod
+    def merge_axis(self, stacked: Any) -> Any:
+        """Return what the observations stacked along the leading axis amount to."""
+
+    @abc.abstractmethod
+    def merge_devices(self, seen: Any, axes: frozenset[str]) -> Any:
+        """Return what the observations of all devices along mesh axes amount to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Execute(Rule):
+    """Run every site quantized."""
+
+    decisions: dict[Path, Decision]
+
+    def __call__(self, item, eqn, operands, given):
+        del eqn
+        return [self.run(item, operands, given)], None
+
+    def task(self, item: Located) -> Task:
+        return Task(item.op, self.decisions[item.path].quantizers, item.weight)
+
+    def run(self, item: Located, operands: list, given: Given) -> jax.Array:
+        own = list(operands[: item.op.operands])
+        if given.weight is not None:
+            own[item.weight] = given.weight
+        return run_site(self.task(item), tuple(own), given.ranges, tuple(operands[item.op.operands :]))
+
+    def merge(self, a, b):
+        raise NotImplementedError("running observes nothing")
+
+    def merge_axis(self, stacked):
+        raise NotImplementedError("running observes nothing")
+
+    def merge_devices(self, seen, axes):
+        raise NotImplementedError("running observes nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observe(Rule):
+    """Record the range of every operand with a static quantizer; run the site as it was, or quantized."""
+
+    execute: Execute
+    quantized: bool
+
+    def __call__(self, item, eqn, operands, given):
+        decision = self.execute.decisions[item.path]
+        static = [q is not None and q.static for q in decision.quantizers]
+        seen = tuple(observe(x) if s else None for x, s in zip(operands, static, strict=False))
+        if not self.quantized:
+            return jaxpr.rebind(eqn, *operands), seen if any(static) else None
+        ranges = tuple(_first_sight(old, new) for old, new in zip(given.ranges, seen, strict=True))
+        return [self.execute.run(item, operands, given._replace(ranges=ranges))], seen if any(static) else None
+
+    def merge(self, a, b):
+        return jax.tree.map(calibrators.merge, a, b, is_leaf=_is_range)
+
+    def merge_axis(self, stacked):
+        return jax.tree.map(calibrators.merge_axis, stacked, is_leaf=_is_range)
+
+    def merge_devices(self, seen, axes):
+        def hull(r: Range) -> Range:
+            return Range(_over(lax.pmin, r.lo, axes), _over(lax.pmax, r.hi, axes), _over(lax.pmax, r.count, axes))
+
+        return jax.tree.map(hull, seen, is_leaf=_is_range)
+
+
+def _first_sight(old: Range | None, new: Range | None) -> Range | None:
+    """Return the range to quantize with: the plan's, or what is seen right now where the plan has seen nothing."""
+    if old is None or new is None:
+        return old
+    return Range(*(jnp.where(old.count > 0, a, b) for a, b in zip(old, new, strict=True)))
+
+
+def _is_range(node: Any) -> bool:
+    return isinstance(node, Range)
+
+
+def _over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Reduce over the mesh axes along which a value varies; where that is not tracked, over all."""
+    varying = getattr(jax.typeof(x), "vma", None)
+    names = tuple(axes & varying) if varying else tuple(axes)
+    return reduce(x, names) if names and (varying or varying is None) else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture(Rule):
+    """Observe the codes of every weight that can be computed ahead of time; the float program carries on."""
+
+    execute: Execute
+    once = True
+
+    def __call__(self, item, eqn, operands, given):
+        del given
+        task = self.execute.task(item)
+        wanted = item.convertible and item.sources and task.quantizers[item.weight] is not None
+        return jaxpr.rebind(eqn, *operands), weight_codes(task, operands[item.weight]) if wanted else None
+
+    def merge(self, a, b):
+        del b
+        return a
+
+    def merge_axis(self, stacked):
+        return jax.tree.map(lambda x: jnp.take(x, 0, axis=0), stacked)
+
+    def merge_devices(self, seen, axes):
+        raise NotImplementedError

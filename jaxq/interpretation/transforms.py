@@ -1,0 +1,263 @@
+"""The verbs that run a function: `make_plan`, `observe`, `qat`, `quantize`.
+
+Each wraps a function into one of the same signature. The wrapped function is compiled like `jax.jit` compiles (arrays
+traced, other arguments static, closed-over arrays constant), once per function, plan and kind of call, so that calling
+it outside `jit` does not analyse the program again. Inside `jit`, `grad`, `vmap`, `scan` it composes.
+"""
+
+import contextlib
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxq.decisions.plan import Plan
+from jaxq.decisions.policy import Policy
+from jaxq.decisions.recipes import Uniform, w8a8
+from jaxq.interpretation import modules
+from jaxq.interpretation.arguments import Argnums, Layout, Static, take_apart
+from jaxq.interpretation.program import Program, load
+from jaxq.interpretation.rules import Observe
+from jaxq.interpretation.weights import run_without, sort_leaves
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.qarray import is_converted
+from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs import jaxpr
+
+DEFAULT = w8a8()
+
+
+class Spec(NamedTuple):
+    """All that is static about a call: how its arguments are laid out, what to do, what was decided."""
+
+    layout: Static
+    watch: str  # "", "float" or "quantized": whether ranges are observed, and in which program
+    policy: Static
+    blank: frozenset[str]  # sites of the plan whose static ranges have seen no data
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list):
+    """Trace, resolve and interpret: return `((out, module changes), observations by site name)`."""
+    layout: Layout = spec.layout.value
+    decided = spec.policy.value
+    policy = Plan(decided.decisions, ranges) if isinstance(decided, _Decided) else decided
+    with _uncollected():
+        program = load(fn, layout, leaves, policy, lines=False)
+        if not spec.watch:
+            whole = isinstance(policy, Plan)
+            _check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
+        result, seen = _interpret(program, layout, leaves, spec.watch)
+    names = {item.path: item.site.name for item in program.analysis.located}
+    return result, {names[path]: value for path, value in seen.items()}
+
+
+def _runner(fn: Callable) -> Callable:
+    """Return the interpreter of `fn`, compiled; where the call is being traced into a program anyway, as it is."""
+    compiled = jax.jit(functools.partial(_run, fn), static_argnums=0)
+
+    def run(spec: Spec, ranges: Any, leaves: list):
+        staged = any(jaxpr.is_staged(leaf) for leaf in leaves)
+        return _run(fn, spec, ranges, leaves) if staged else compiled(spec, ranges, leaves)
+
+    return run
+
+
+@contextlib.contextmanager
+def _uncollected():
+    """Pause cyclic garbage collection: tracing makes many objects that live, and scanning them costs a third of it."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class _Decided(NamedTuple):
+    """The static part of a plan."""
+
+    decisions: tuple
+
+
+def _interpret(program: Program, layout: Layout, leaves: list, watch: str):
+    rule = Observe(program.execute, watch == "quantized") if watch else program.execute
+    arrays, weights = sort_leaves(program, layout, leaves)
+    if all(x is not None for x in arrays):
+        return program.run(rule, arrays, weights)
+    return run_without(lambda full: program.run(rule, full, weights), arrays, leaves, layout)
+
+
+_RUNNERS: dict[tuple[int, Any], Callable] = {}
+
+
+def _cached_runner(fn: Callable) -> Callable:
+    """Return one runner per function, for as long as the function lives; a bound method is its object and function."""
+    owner, method = getattr(fn, "__self__", None), getattr(fn, "__func__", None)
+    if owner is None or method is None:
+        owner, method = fn, None
+    key = (id(owner), method)
+    if key not in _RUNNERS:
+        try:
+            alive = weakref.ref(owner, lambda _: _RUNNERS.pop(key, None))
+        except TypeError:  # cannot be referred to weakly: compiled once per wrapper
+            return _runner(fn)
+        _RUNNERS[key] = _runner(_without_owner(alive, method))
+    return _RUNNERS[key]
+
+
+def _without_owner(alive: weakref.ref, method: Callable | None) -> Callable:
+    """Return a function that does not keep its owner alive, so that the cache does not either."""
+
+    def call(*args, **kwargs):
+        owner = alive()
+        return owner(*args, **kwargs) if method is None else method(owner, *args, **kwargs)
+
+    return call
+
+
+def _call(runner, policy, argnums, args, kwargs, watch=""):
+    layout, leaves = take_apart(args, kwargs, argnums)
+    if isinstance(policy, Plan):
+        static, ranges, blank = Static(_Decided(policy.decisions)), policy.ranges, frozenset(policy.unobserved())
+    else:
+        static, ranges, blank = Static(policy), (), frozenset()
+    (out, changed), seen = runner(Spec(Static(layout), watch, static, blank), ranges, leaves)
+    modules.write_back((args, kwargs), changed)
+    return out, seen
+
+
+def _check_observed(program: Program, blank: Collection[str]) -> None:
+    """Raise where a site that will run has a static range among the `blank` ones."""
+    unseen = [d.site.name for d in program.decisions if d.scheme is not None and d.site.name in blank]
+    if unseen:
+        raise ValueError(
+            f"static ranges of these sites have seen no data: {', '.join(unseen)}; "
+            "run jaxq.calibrate(f, plan)(params, batches) first, or use a dynamic scheme such as jaxq.w8a8()"
+        )
+
+
+# --- the verbs -----------------------------------------------------------------------------------------------------
+
+
+def make_plan(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable[..., Plan]:
+    """Return a function that traces `f` on its arguments and returns the `Plan`: a decision for every site.
+
+    The arguments may be `ShapeDtypeStruct`s. argnums: which positional arguments hold the weights. Raises `ValueError`
+    for a glob that matches nothing, for a site that cannot be quantized as asked, and `CoverageError` for an operation
+    that cannot be reached.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> def f(params, x):
+    ...     return jnp.tanh(x @ params["up"]) @ params["head"]
+    >>> params = {"up": jnp.ones((8, 16)), "head": jnp.ones((16, 4))}
+    >>> plan = jaxq.make_plan(f, {"head": None, "*": jaxq.w8a8()})(params, jnp.ones((2, 8)))
+    >>> [(d.site.name, d.reason) for d in plan.decisions]
+    [('up', ''), ('head', 'by policy')]
+    """
+
+    def planned(*args, **kwargs) -> Plan:
+        layout, leaves = take_apart(args, kwargs, argnums)
+        program = load(f, layout, leaves, policy)
+        return Plan(program.decisions, program.ranges)
+
+    return planned
+
+
+def qat(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable:
+    """Return `f` with quantization in force in the forward pass: same signature, differentiable straight through.
+
+    The forward pass runs the integer kernels that `quantize` runs. The backward pass multiplies *dequantized* operands
+    in float and lets gradients through where the rounded value was inside its range. policy: a policy or a `Plan`; also
+    `@jaxq.qat(policy=...)`. Arrays in the arguments are traced, everything else is static. Raises `ValueError` for a
+    plan with unobserved static ranges or of another program, `TypeError` for converted parameters.
+
+    >>> import jax, jax.numpy as jnp, jaxq
+    >>> @jaxq.qat(policy=jaxq.w8a8())
+    ... def loss(params, x):
+    ...     return jnp.sum((x @ params["w"]) ** 2)
+    >>> jax.grad(loss)({"w": jnp.eye(4)}, jnp.ones((2, 4)))["w"].shape
+    (4, 4)
+    """
+    if f is None:
+        return functools.partial(qat, policy=policy, argnums=argnums)
+    return _wrap(f, policy, argnums, trains=True)
+
+
+def quantize(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable:
+    """Return `f` in low precision: same signature, takes float parameters or those of `convert`.
+
+    Integer dots and convolutions wherever weights and activations are quantized; decoded weights where only they are.
+    Straight-through towards float leaves (adapters on a quantized base); a gradient by a `QArray` raises. Raises
+    `ValueError` for parameters converted with another plan or for another function.
+
+    >>> import jax, jax.numpy as jnp, jaxq
+    >>> def f(params, x):
+    ...     return x @ params["w"]
+    >>> params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    >>> plan = jaxq.make_plan(f, jaxq.w8a8())(params, x)
+    >>> jax.jit(jaxq.quantize(f, plan))(jaxq.convert(f, plan)(params, x), x).shape
+    (2, 4)
+    """
+    if f is None:
+        return functools.partial(quantize, policy=policy, argnums=argnums)
+    return _wrap(f, policy, argnums, trains=False)
+
+
+def _wrap(f: Callable, policy: Policy | Plan, argnums: Argnums, trains: bool) -> Callable:
+    if not callable(f) or isinstance(f, (Uniform, Quantizer)):
+        raise TypeError(f"the first argument is the function to transform, got {f!r}; as a decorator use policy=...")
+    policy = dict(policy) if isinstance(policy, Mapping) else policy  # changing the dict later changes nothing
+    runner = _cached_runner(f)
+
+    @functools.wraps(f)
+    def wrapped(*args, **kwargs):
+        if trains and any(is_converted(leaf) for leaf in jax.tree.leaves((args, kwargs), is_leaf=is_converted)):
+            raise TypeError("jaxq.qat trains float parameters, and these are converted: use jaxq.quantize")
+        return _call(runner, policy, argnums, args, kwargs)[0]
+
+    return wrapped
+
+
+def observe(
+    f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0, quantized: bool = False
+) -> Callable[..., tuple[Any, Plan]]:
+    """Return a function that returns `(f(*args), plan)`, the plan's static ranges updated by what was seen.
+
+    quantized: run the quantized program instead of the float one, differentiable: moving averages during training.
+    Observed ranges are one per site, or one per layer where a scan runs over stacked weights.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> def f(params, x):
+    ...     return x @ params["w"]
+    >>> params = {"w": jnp.eye(4)}
+    >>> y, plan = jaxq.observe(f, jaxq.w8a8(static=True))(params, 3 * jnp.ones((2, 4)))
+    >>> float(plan.range("w")[0].hi)
+    3.0
+    """
+    runner = _cached_runner(f)
+
+    def observed(*args, **kwargs) -> tuple[Any, Plan]:
+        plan = policy if isinstance(policy, Plan) else make_plan(f, policy, argnums=argnums)(*args, **kwargs)
+        watch = "quantized" if quantized else "float"
+        out, seen = _call(runner, plan, argnums, args, kwargs, watch)
+        return out, updated(plan, seen)
+
+    return observed
+
+
+def updated(plan: Plan, seen: dict[str, tuple[Range | None, ...]]) -> Plan:
+    """Return the plan with each static range moved by its calibrator."""
+    ranges = []
+    for decision, olds in zip(plan.decisions, plan.ranges, strict=True):
+        news = seen.get(decision.site.name, (None,) * len(olds))
+        triples = zip(decision.quantizers, olds, news, strict=True)
+        ranges.append(tuple(old if new is None else q.calibrator.update(old, new) for q, old, new in triples))
+    return Plan(plan.decisions, tuple(ranges))

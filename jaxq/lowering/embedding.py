@@ -1,0 +1,28 @@
+"""Embedding lookup on codes: gather the codes and, with the same indices, their scales."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.numbers import blocks
+from jaxq.numbers.qarray import QArray
+from jaxq.programs.ops import Embedding
+
+
+def lookup(op: Embedding, table: jax.Array | QArray, indices: jax.Array) -> jax.Array:
+    """Return rows of the decoded table. Indices out of bounds give what the op fills with: it is in their scale."""
+    if not isinstance(table, QArray):
+        return op.apply(table, indices)
+    codes = op.apply(table.codes, indices, fill_value=1)
+    if table.zero_point is not None:
+        codes = codes.astype(jnp.int32) - op.apply(_thin(op, table, table.zero_point), indices, fill_value=0)
+    return (codes.astype(jnp.float32) * op.apply(_thin(op, table, table.scale), indices)).astype(op.out_dtype)
+
+
+def _thin(op: Embedding, table: QArray, per_block: jax.Array) -> jax.Array:
+    """Return a per-block array as `Embedding.apply` takes it: full along indexed axes, one or full elsewhere."""
+    wide = blocks.spread(per_block, table.shape)
+    indexed = (*op.numbers.start_index_map, *op.numbers.operand_batching_dims)
+    full = [
+        n if g != 1 or axis in indexed else 1 for axis, (n, g) in enumerate(zip(table.shape, wide.shape, strict=True))
+    ]
+    return jnp.broadcast_to(wide, full)

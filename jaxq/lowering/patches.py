@@ -1,0 +1,50 @@
+"""Convolution as patches and one dot: the fast form where there are few input channels.
+
+A first layer's convolution (3 channels) has no vector kernel in int8; gathering its patches costs little, because there
+are few of them to a pixel, and one dot product does the rest. Exact, like every kernel here.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq.programs.ops import Conv
+
+MOST_CHANNELS = 4
+MOST_TAPS = 64
+
+
+def suits(op: Conv, image: jax.Array, kernel: jax.Array) -> bool:
+    """Tell whether a convolution is better written as patches and a dot."""
+    taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
+    dense = op.feature_groups == 1 and op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
+    known = all(isinstance(n, int) for n in image.shape) and 0 not in (*image.shape, *kernel.shape)
+    return dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and 1 < taps <= MOST_TAPS
+
+
+def convolve(op: Conv, image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return int32 sums in the op's output layout."""
+    batch, feature, *spatial = op.lhs_spec
+    out, into, *window = op.rhs_spec
+    x = lax.transpose(image, (batch, *spatial, feature))
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in op.padding), (0, 0, 0)))
+    sizes = [kernel.shape[axis] for axis in window]
+    spans = [(size - 1) * dilation + 1 for size, dilation in zip(sizes, op.rhs_dilation, strict=True)]
+    lengths = [max(0, (n - s) // t + 1) for n, s, t in zip(x.shape[1:-1], spans, op.strides, strict=True)]
+    shifted = [_tap(op, x, offset, lengths) for offset in itertools.product(*(range(size) for size in sizes))]
+    weights = lax.transpose(kernel, (*window, into, out)).reshape(-1, kernel.shape[out])
+    rank = x.ndim
+    numbers = (((rank - 1,), (0,)), ((), ()))
+    sums = lax.dot_general(lax.concatenate(shifted, rank - 1), weights, numbers, preferred_element_type=jnp.int32)
+    order = {op.out_spec[0]: 0, op.out_spec[1]: rank - 1, **{axis: n + 1 for n, axis in enumerate(op.out_spec[2:])}}
+    return lax.transpose(sums, [order[axis] for axis in range(rank)])
+
+
+def _tap(op: Conv, x: jax.Array, offset: tuple[int, ...], lengths: list[int]) -> jax.Array:
+    """Return the pixels that one tap of the window sees, [batch, *output, channels]."""
+    starts = [o * d if n else 0 for o, d, n in zip(offset, op.rhs_dilation, lengths, strict=True)]
+    stops = [start + (n - 1) * t + 1 if n else start for start, n, t in zip(starts, lengths, op.strides, strict=True)]
+    return lax.slice(x, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *op.strides, 1))

@@ -1,0 +1,75 @@
+"""Broadcasting a small array over blocks of a large one: the one code path of every granularity.
+
+A scale has the rank of the array it belongs to, and each of its dimensions divides the array's: 1 is "shared along this
+axis", the full size is "one per index", anything between is "one per block". Per tensor, per channel, per token and per
+group differ in nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def grid_shape(shape: Sequence[int], shared: Sequence[int], group: int | None = None) -> tuple[int, ...]:
+    """Return the scale shape for `shape` with `shared` axes collapsed, the last of them in groups of `group`."""
+    out = [1 if axis in shared else n for axis, n in enumerate(shape)]
+    if group is not None and shared:
+        axis = max(shared)
+        if group <= 0 or shape[axis] % group:
+            raise ValueError(f"groups of {group} do not divide axis {axis} of shape {tuple(shape)}")
+        out[axis] = max(1, shape[axis] // group)
+    return tuple(out)
+
+
+def check_grid(shape: Sequence[int], grid: Sequence[int]) -> None:
+    """Raise unless every dimension of `grid` divides that of `shape`."""
+    ok = len(shape) == len(grid) and all(
+        g == n or g == 1 or (g and n % g == 0) for n, g in zip(shape, grid, strict=True)
+    )
+    if not ok:
+        raise ValueError(f"a scale of shape {tuple(grid)} does not divide an array of shape {tuple(shape)}")
+
+
+def _is_blocked(n: int, g: int) -> bool:
+    return not (g == 1 or g == n)  # sizes may be symbolic, and have no order
+
+
+def spread(small: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Return `small` in a shape that broadcasts against `shape`: blocks repeated, ones and full axes untouched."""
+    if not any(_is_blocked(n, g) for n, g in zip(shape, small.shape, strict=True)):
+        return small
+    wide: list[int] = []
+    fine: list[int] = []
+    for n, g in zip(shape, small.shape, strict=True):
+        wide += [g, n // g] if _is_blocked(n, g) else [g]
+        fine += [g, 1] if _is_blocked(n, g) else [g]
+    flat = [n if _is_blocked(n, g) else g for n, g in zip(shape, small.shape, strict=True)]
+    return jnp.broadcast_to(small.reshape(fine), wide).reshape(flat)
+
+
+def collapse(x: jax.Array, grid: Sequence[int], reduce: Callable) -> jax.Array:
+    """Reduce `x` to shape `grid` with `reduce` (`lax.reduce_max` or `lax.reduce_min`) over every block."""
+    check_grid(x.shape, grid)
+    split: list[int] = []
+    axes: list[int] = []
+    for n, g in zip(x.shape, grid, strict=True):
+        if g == n and n != 1:
+            split.append(n)
+        elif g == 1:
+            axes.append(len(split))
+            split.append(n)
+        else:
+            axes.append(len(split) + 1)
+            split += [g, n // g]
+    blocked = x if tuple(split) == x.shape else lax.reshape(x, split)
+    return lax.reshape(reduce(blocked, tuple(axes)), grid) if axes else x
+
+
+def hide(tree):
+    """Put an optimization barrier on every array of a tree: what XLA may not see it may not round differently.
+
+    One barrier each, so that an array nobody reads is still dropped.
+    """
+    return jax.tree.map(lax.optimization_barrier, tree)

@@ -1,0 +1,74 @@
+"""`conv_general_dilated`: any number of spatial axes, any layout, strides, dilations, feature groups."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+from jax import lax
+
+from jaxq.programs import jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution; specs are JAX's: (batch, feature, *spatial), (out, in, *spatial), (batch, feature, *spatial)."""
+
+    lhs_spec: tuple[int, ...]
+    rhs_spec: tuple[int, ...]
+    out_spec: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    feature_groups: int
+    batch_groups: int
+    precision: Any
+    out_dtype: Any
+
+    name: ClassVar[str] = "conv_general_dilated"
+    operands: ClassVar[int] = 2
+
+    @staticmethod
+    def read(eqn: jaxpr.Eqn) -> "Conv":
+        p, numbers = eqn.params, eqn.params["dimension_numbers"]
+        return Conv(
+            tuple(numbers.lhs_spec),
+            tuple(numbers.rhs_spec),
+            tuple(numbers.out_spec),
+            tuple(p["window_strides"]),
+            tuple((int(low), int(high)) for low, high in p["padding"]),
+            tuple(p["lhs_dilation"]),
+            tuple(p["rhs_dilation"]),
+            p["feature_group_count"],
+            p["batch_group_count"],
+            p["precision"],
+            eqn.outvars[0].aval.dtype,
+        )
+
+    @property
+    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """All axes but the batch of the images and the output features of the kernel."""
+        lhs = tuple(sorted(self.lhs_spec[1:]))
+        return lhs, tuple(sorted(self.rhs_spec[1:]))
+
+    def terms(self, shapes) -> int:
+        """Return how many products are summed into one output element."""
+        return math.prod(shapes[1][axis] for axis in self.rhs_spec[1:])
+
+    def apply(self, lhs: jax.Array, rhs: jax.Array, *rest, out_dtype=None) -> jax.Array:
+        """Run the convolution on plain arrays."""
+        del rest
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            self.strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            lax.ConvDimensionNumbers(self.lhs_spec, self.rhs_spec, self.out_spec),
+            feature_group_count=self.feature_groups,
+            batch_group_count=self.batch_groups,
+            precision=self.precision,
+            preferred_element_type=out_dtype or self.out_dtype,
+        )

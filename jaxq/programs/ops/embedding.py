@@ -1,0 +1,67 @@
+"""Embedding lookup: `gather` of whole rows of a table at indices that are data."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+from jax import lax
+
+from jaxq.programs import jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A lookup; axes of the table that are taken whole share a scale, axes that are indexed keep one per index."""
+
+    numbers: Any
+    slice_sizes: tuple[int, ...]
+    mode: Any
+    fill_value: Any
+    unique_indices: bool
+    indices_are_sorted: bool
+    table_shape: tuple[int, ...]
+    out_dtype: Any
+
+    name: ClassVar[str] = "embedding"
+    operands: ClassVar[int] = 1
+
+    @staticmethod
+    def read(eqn: jaxpr.Eqn) -> "Embedding":
+        p = eqn.params
+        return Embedding(
+            p["dimension_numbers"],
+            tuple(p["slice_sizes"]),
+            p["mode"],
+            p["fill_value"],
+            p["unique_indices"],
+            p["indices_are_sorted"],
+            tuple(eqn.invars[0].aval.shape),
+            eqn.outvars[0].aval.dtype,
+        )
+
+    @property
+    def contracted(self) -> tuple[tuple[int, ...]]:
+        """Axes of the table that every lookup takes whole."""
+        whole = zip(self.slice_sizes, self.table_shape, strict=True)
+        indexed = self.numbers.start_index_map
+        return (tuple(a for a, (size, n) in enumerate(whole) if size == n and a not in indexed),)
+
+    def terms(self, shapes) -> int:
+        """Nothing is summed."""
+        del shapes
+        return 0
+
+    def apply(self, table: jax.Array, indices: jax.Array, *rest, out_dtype=None, fill_value=None) -> jax.Array:
+        """Look up in a plain array, or in a scale, whose whole axes have size one."""
+        del rest, out_dtype
+        pairs = zip(self.slice_sizes, table.shape, strict=True)
+        return lax.gather(
+            table,
+            indices,
+            self.numbers,
+            tuple(min(size, n) for size, n in pairs),
+            mode=self.mode,
+            fill_value=self.fill_value if fill_value is None else fill_value,
+            unique_indices=self.unique_indices,
+            indices_are_sorted=self.indices_are_sorted,
+        )
