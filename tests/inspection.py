@@ -1,0 +1,39 @@
+"""What tests look at in programs and trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.programs import jaxpr
+
+
+def products(fn, *args) -> list[tuple[str, ...]]:
+    """Return the operand dtypes of every matmul and convolution in the jaxpr of `fn`, sub-programs included."""
+    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
+    eqns = [eqn for eqn in jaxpr.all_equations(body) if jaxpr.is_site_primitive(eqn)]
+    return [tuple(str(v.aval.dtype) for v in eqn.invars[:2]) for eqn in eqns]
+
+
+def arrays(tree) -> list[np.ndarray]:
+    """Return the array leaves of a tree as NumPy arrays, random keys as their data."""
+
+    def plain(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return [np.asarray(plain(x)) for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+
+
+def assert_bitwise(a, b) -> None:
+    """Assert that two trees hold the same bits."""
+    xs, ys = arrays(a), arrays(b)
+    assert len(xs) == len(ys) > 0
+    for x, y in zip(xs, ys, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def cosine(a, b) -> float:
+    """Return the cosine between two trees of gradients, float64."""
+    x = np.concatenate([v.astype(np.float64).ravel() for v in arrays(a)])
+    y = np.concatenate([v.astype(np.float64).ravel() for v in arrays(b)])
+    return float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-30))
