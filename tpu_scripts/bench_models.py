@@ -1,0 +1,215 @@
+"""Models of the benchmarks: plain JAX functions over nested dictionaries of arrays.
+
+Each is a `Model` with an init, an apply, an example batch and a loss. Products go through `lax.dot_general`,
+`lax.conv_general_dilated` and `jnp.einsum`, which every quantizer of JAX programs understands. Nothing is allocated at
+import; under `jax.eval_shape` nothing is allocated at all.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Params = dict[str, Any]
+
+MLP_WIDTHS = (1024, 1024, 1024, 1024, 10)
+STEM, RESNET_WIDTHS = 64, (64, 128, 256, 512)
+WIDTH, HEADS, FFN = 384, 12, 1536
+CLASSES = 10
+
+
+class Model(NamedTuple):
+    """A network and what it takes to run and train it."""
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, jax.Array], jax.Array]
+    example_input: Callable[[jax.Array], jax.Array]
+    example_target: Callable[[jax.Array], jax.Array]
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean softmax cross-entropy; logits: [n, classes], labels: [n]."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+    return -jnp.mean(chosen)
+
+
+def mean_square(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the mean squared difference."""
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+def _weight(key: jax.Array, shape: tuple[int, ...], fan_in: int, gain: float = 2.0) -> jax.Array:
+    return jax.random.normal(key, shape) * math.sqrt(gain / fan_in)
+
+
+def _along_last(vector: jax.Array, ndim: int) -> jax.Array:
+    return jnp.reshape(vector, (1,) * (ndim - vector.ndim) + vector.shape)
+
+
+# Dense layers
+
+
+def _dense_init(key: jax.Array, n_in: int, n_out: int) -> Params:
+    return {"kernel": _weight(key, (n_in, n_out), n_in), "bias": jnp.zeros(n_out)}
+
+
+def _dense(params: Params, x: jax.Array) -> jax.Array:
+    y = lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (0,)), ((), ())))
+    return y + _along_last(params["bias"], y.ndim)
+
+
+def mlp_init(key: jax.Array) -> Params:
+    """Return the weights of an MLP 1024-1024-1024-1024-10."""
+    keys = jax.random.split(key, len(MLP_WIDTHS) - 1)
+    return {
+        f"dense{i}": _dense_init(k, *sizes) for i, (k, sizes) in enumerate(zip(keys, pairwise(MLP_WIDTHS), strict=True))
+    }
+
+
+def mlp_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the MLP: [n, 1024] to [n, 10]."""
+    *hidden, last = sorted(params)
+    for name in hidden:
+        x = jax.nn.relu(_dense(params[name], x))
+    return _dense(params[last], x)
+
+
+# ResNet-18 for 32x32 images, without batch normalization
+
+
+def _conv_init(key: jax.Array, size: int, n_in: int, n_out: int, *, gain: float = 2.0) -> Params:
+    fan_in = size * size * n_in
+    return {"kernel": _weight(key, (size, size, n_in, n_out), fan_in, gain), "bias": jnp.zeros(n_out)}
+
+
+def _conv(params: Params, x: jax.Array, stride: int = 1) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, params["kernel"], (stride, stride), "SAME", dimension_numbers=layout)
+    return y + _along_last(params["bias"], y.ndim)
+
+
+def _block_init(key: jax.Array, n_in: int, n_out: int) -> Params:
+    first, second, third = jax.random.split(key, 3)
+    # A small second gain stands in for normalization: activations keep their size through the sums.
+    block = {"conv1": _conv_init(first, 3, n_in, n_out), "conv2": _conv_init(second, 3, n_out, n_out, gain=0.1)}
+    if n_in != n_out:
+        block["projection"] = _conv_init(third, 1, n_in, n_out, gain=1.0)
+    return block
+
+
+def _block(params: Params, x: jax.Array) -> jax.Array:
+    stride = 2 if "projection" in params else 1
+    y = jax.nn.relu(_conv(params["conv1"], x, stride))
+    shortcut = _conv(params["projection"], x, stride) if "projection" in params else x
+    return jax.nn.relu(_conv(params["conv2"], y) + shortcut)
+
+
+def resnet18_init(key: jax.Array) -> Params:
+    """Return the weights: 3x3 stem with 64 channels, 4 stages of 2 basic blocks, a dense head."""
+    stem, head, *keys = jax.random.split(key, 2 + 2 * len(RESNET_WIDTHS))
+    inputs = [w for pair in pairwise((STEM, *RESNET_WIDTHS)) for w in pair]
+    outputs = [w for w in RESNET_WIDTHS for _ in range(2)]
+    blocks = zip(keys, inputs, outputs, strict=True)
+    params = {f"block{i}": _block_init(k, n_in, n_out) for i, (k, n_in, n_out) in enumerate(blocks)}
+    return {"stem": _conv_init(stem, 3, 3, STEM), **params, "head": _dense_init(head, RESNET_WIDTHS[-1], CLASSES)}
+
+
+def resnet18_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the ResNet: [n, 32, 32, 3] to [n, 10]."""
+    x = jax.nn.relu(_conv(params["stem"], x))
+    for index in range(2 * len(RESNET_WIDTHS)):
+        x = _block(params[f"block{index}"], x)
+    return _dense(params["head"], jnp.mean(x, axis=(1, 2)))
+
+
+# Transformer encoder
+
+
+def _norm_init() -> Params:
+    return {"scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)}
+
+
+def _norm(params: Params, x: jax.Array) -> jax.Array:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    y = centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+    return y * _along_last(params["scale"], x.ndim) + _along_last(params["bias"], x.ndim)
+
+
+def _attention_init(key: jax.Array) -> Params:
+    *keys, last = jax.random.split(key, 4)
+    heads = (HEADS, WIDTH // HEADS)
+    inputs = {
+        name: {"kernel": _weight(k, (WIDTH, *heads), WIDTH, 1.0), "bias": jnp.zeros(heads)}
+        for name, k in zip(("query", "key", "value"), keys, strict=True)
+    }
+    return {**inputs, "out": {"kernel": _weight(last, (*heads, WIDTH), WIDTH, 1.0), "bias": jnp.zeros(WIDTH)}}
+
+
+def _project(params: Params, x: jax.Array, spec: str) -> jax.Array:
+    y = jnp.einsum(spec, x, params["kernel"])
+    return y + _along_last(params["bias"], y.ndim)
+
+
+def _attention(params: Params, x: jax.Array) -> jax.Array:
+    query, key, value = (_project(params[name], x, "btd,dhk->bthk") for name in ("query", "key", "value"))
+    scores = jnp.einsum("bqhk,bshk->bhqs", query, key) * (WIDTH // HEADS) ** -0.5
+    mixed = jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores), value)
+    return _project(params["out"], mixed, "bqhk,hkd->bqd")
+
+
+def _layer_init(key: jax.Array) -> Params:
+    attention, up, down = jax.random.split(key, 3)
+    return {
+        "norm1": _norm_init(),
+        "attention": _attention_init(attention),
+        "norm2": _norm_init(),
+        "up": _dense_init(up, WIDTH, FFN),
+        "down": _dense_init(down, FFN, WIDTH),
+    }
+
+
+def _layer(params: Params, x: jax.Array) -> jax.Array:
+    x = x + _attention(params["attention"], _norm(params["norm1"], x))
+    return x + _dense(params["down"], jax.nn.gelu(_dense(params["up"], _norm(params["norm2"], x))))
+
+
+def encoder_init(key: jax.Array, layers: int = 6) -> Params:
+    """Return the weights of an encoder of width 384, with 12 heads and feed-forward width 1536."""
+    keys = jax.random.split(key, layers)
+    return {**{f"layer{i}": _layer_init(k) for i, k in enumerate(keys)}, "norm": _norm_init()}
+
+
+def encoder_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the encoder, unrolled, normalization first: [b, t, 384] to [b, t, 384]."""
+    for index in range(len(params) - 1):
+        x = _layer(params[f"layer{index}"], x)
+    return _norm(params["norm"], x)
+
+
+def _deep_init(key: jax.Array) -> Params:
+    return encoder_init(key, layers=48)
+
+
+def _normal(*shape: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda key: jax.random.normal(key, shape)
+
+
+def _labels(count: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda key: jax.random.randint(key, (count,), 0, CLASSES)
+
+
+_TOKENS = _normal(4, 128, WIDTH)
+
+MODELS = {
+    "mlp": Model(mlp_init, mlp_apply, _normal(128, 1024), _labels(128), cross_entropy),
+    "resnet18": Model(resnet18_init, resnet18_apply, _normal(8, 32, 32, 3), _labels(8), cross_entropy),
+    "encoder": Model(encoder_init, encoder_apply, _TOKENS, _TOKENS, mean_square),
+}
+
+# Only ever traced: 48 unrolled layers, 384 products.
+DEEP = Model(_deep_init, encoder_apply, _TOKENS, _TOKENS, mean_square)
