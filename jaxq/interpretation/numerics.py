@@ -50,7 +50,7 @@ def _affine(quantizer: Quantizer, contracted: Sequence[int], x: jax.Array, r: Ra
 
 def weight_codes(task: Task, w: jax.Array) -> QArray:
     """Return the codes of a weight operand: what `convert` stores."""
-    return _settled(_raw_weight_codes(task, w))
+    return _settled(task, _raw_weight_codes(task, w))
 
 
 def _raw_weight_codes(task: Task, w: jax.Array) -> QArray:
@@ -59,12 +59,14 @@ def _raw_weight_codes(task: Task, w: jax.Array) -> QArray:
     if not quantizer.symmetric or not quantizer.format.signed:
         return to_codes(quantizer, contracted, w, None)
     raw = raw_scale(quantizer, w, quantizer.grid(w.shape, contracted))
-    return dataclasses.replace(encode(w, Affine(settle(raw), None), quantizer), scale=raw)
+    return dataclasses.replace(encode(w, Affine(settle(quantizer, raw), None), quantizer), scale=raw)
 
 
-def _settled(q: QArray) -> QArray:
+def _settled(task: Task, q: QArray) -> QArray:
     """Return codes with their scale settled: the same operations on a scale just computed and on a stored one."""
-    return dataclasses.replace(q, scale=settle(q.scale))
+    quantizer = task.quantizers[task.weight]
+    symmetric = quantizer.symmetric and quantizer.format.signed
+    return dataclasses.replace(q, scale=settle(quantizer, q.scale)) if symmetric else q
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -78,12 +80,12 @@ def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple) -> jax.Arr
 def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
     """Return an operand's codes; None where it stays float."""
     if isinstance(x, QArray):
-        return _settled(hide(x))
+        return _settled(task, hide(x))
     if task.quantizers[number] is None:
         return None
     x = lax.stop_gradient(x)
     if number == task.weight:
-        return _settled(hide(_raw_weight_codes(task, x)))
+        return _settled(task, hide(_raw_weight_codes(task, x)))
     return to_codes(task.quantizers[number], task.op.contracted[number], x, r)
 
 

@@ -150,23 +150,20 @@ def affine_for(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affin
 
 
 def raw_scale(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> jax.Array:
-    """Return the symmetric scale of every block as one reduction and nothing after it; `settle` makes it a scale.
+    """Return minus the width of every block, one reduction and nothing after it; `settle` makes it a scale.
 
-    It equals `affine_for`'s, because rounding is monotone: the maximum of products is the product of the maximum. Zeros
-    count as -1, which `settle` turns into one, and NaN as infinity. What ends in a reduction is computed apart from
-    what uses it, so that programs that compute a weight's scale and programs that are given it round alike after it.
+    A scale is positive and a width is told by its sign, so that `settle` takes both: programs that compute a weight's
+    scale and programs that are given it run the same operations on an array in memory, and round alike after it. NaN
+    counts as infinity.
     """
     if 0 in x.shape:
-        return jnp.full(grid, -1, jnp.float32)
-    size = lax.abs(_float32(x))
-    steps = lax.max(lax.mul(size, np.float32(1 / quantizer.bounds()[1])), TINY)
-    steps = lax.select(lax.eq(size, np.float32(0)), lax.full_like(steps, -1), steps)
-    return blocks.collapse(lax.select(lax.ne(size, size), lax.full_like(steps, np.inf), steps), grid, lax.reduce_max)
+        return jnp.zeros(grid, jnp.float32)
+    return blocks.collapse(_nan_as(-lax.abs(_float32(x)), -np.inf), grid, lax.reduce_min)
 
 
-def settle(raw: jax.Array) -> jax.Array:
-    """Return the scale that a `raw_scale` stands for; a scale stays what it is."""
-    return lax.select(lax.eq(raw, np.float32(np.inf)), lax.full_like(raw, np.nan), lax.abs(raw))
+def settle(quantizer: Quantizer, raw: jax.Array) -> jax.Array:
+    """Return the scale that a `raw_scale` stands for, equal to `affine_for`'s; a scale stays what it is."""
+    return lax.select(lax.gt(raw, np.float32(0)), raw, _step(lax.neg(raw), quantizer.bounds()[1]))
 
 
 def _step(width: jax.Array, steps: float) -> jax.Array:
