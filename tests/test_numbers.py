@@ -15,7 +15,7 @@ from jax import lax
 
 import jaxq
 import oracle
-from jaxq.numbers.quantizers import Affine, encode
+from jaxq.numbers.affine import Affine, encode
 
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -80,7 +80,7 @@ def check_laws(x, quantizer, contracted, wrap=lambda f: f):
     def run(x):
         q = quantizer(x, contracted)
         wide = q.decode(jnp.float32)
-        return q, wide, q.decode(), encode(wide, Affine(q.scale, q.zero_point), quantizer), quantizer(wide, contracted)
+        return q, wide, q.decode(), encode(quantizer, wide, Affine(q.scale, q.zero_point)), quantizer(wide, contracted)
 
     q, wide, narrow, same_scale, own_range = wrap(run)(x)
     exact, reals, grid = as_64(x), as_64(wide), grid_of(x.shape, contracted, quantizer)
@@ -106,7 +106,7 @@ def check_laws(x, quantizer, contracted, wrap=lambda f: f):
     cut = jnp.asarray(np.clip(reals, -largest, largest), jnp.float32).astype(x.dtype)
     np.testing.assert_array_equal(as_64(narrow), as_64(cut))
 
-    np.testing.assert_array_equal(same_scale.codes, q.codes)
+    np.testing.assert_array_equal(same_scale, q.codes)
     # By its own range too, but where both ends lie halfway between codes, which makes what is decoded a code narrower,
     # or an end decodes to more than float32 holds.
     halves = oracle.is_near_tie(lo / step) & (not quantizer.symmetric)
@@ -224,11 +224,11 @@ def test_a_given_scale_is_exact_on_its_numbers(form, symmetric, exponent, seed):
     codes = np.arange(low, high + 1)
     q = jaxq.QArray(jnp.asarray(codes, form.storage), jnp.asarray([scale]), zero, form, jnp.float32)
     affine = Affine(q.scale, zero)
-    np.testing.assert_array_equal(encode(q.decode(), affine, quantizer).codes, codes)
+    np.testing.assert_array_equal(encode(quantizer, q.decode(), affine), codes)
     want = ((codes - (0 if symmetric else int(zero[0]))) * np.float64(scale)).astype(np.float32)
     np.testing.assert_array_equal(q.decode(), want)
-    far = encode(jnp.asarray([-1e3, 1e3, 3e38, -3e38], jnp.float32) * scale, affine, quantizer)
-    np.testing.assert_array_equal(far.codes, [low, high, high, low])
+    far = encode(quantizer, jnp.asarray([-1e3, 1e3, 3e38, -3e38], jnp.float32) * scale, affine)
+    np.testing.assert_array_equal(far, [low, high, high, low])
 
 
 def test_rounding_is_to_nearest_even():
@@ -305,11 +305,11 @@ def test_what_is_not_floating_point_is_refused():
                 call(x)
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16, 8.0, "8", None, True])
+@pytest.mark.parametrize("bits", [-1, 0, 9, 15, 17, 32, 8.0, "8", None, True])
 def test_unknown_bit_widths_are_refused(bits):
-    with pytest.raises(ValueError, match="2 to 8 bits"):
+    with pytest.raises(ValueError, match="1 to 8 or 16 bits"):
         jaxq.Int(bits)
-    with pytest.raises(ValueError, match="2 to 8 bits"):
+    with pytest.raises(ValueError, match="1 to 8 or 16 bits"):
         jaxq.linear_quantize(jnp.ones(3), bits)
 
 
@@ -386,7 +386,8 @@ def test_qarray(quantizer):
     q = quantizer(x, (0,))
     scales = 20 * (6 // quantizer.group if quantizer.group else 1)
     assert q.shape == (6, 4, 5) and q.ndim == 3 and q.size == 120 and q.dtype == jnp.bfloat16
-    assert q.nbytes == 120 + 4 * scales * (1 if quantizer.symmetric else 2)
+    codes = 120 * quantizer.format.bits // 8
+    assert q.nbytes == codes + 4 * scales * (1 if quantizer.symmetric else 2)
     assert q.decode().dtype == jnp.bfloat16 and q.decode(jnp.float16).dtype == jnp.float16
 
     leaves, tree = jax.tree.flatten(q)
@@ -435,7 +436,7 @@ def run_calibrator(calibrator, pairs):
     state = as_range(None)
     for pair in pairs:
         state = calibrator.update(state, as_range(pair))
-    return [float(v) for v in state]
+    return [float(v) for v in state[:3]]
 
 
 @quick(max_examples=25)
@@ -486,7 +487,7 @@ def assert_range(r, pairs, count):
     np.testing.assert_array_equal(r.lo, lo)
     np.testing.assert_array_equal(r.hi, hi)
     np.testing.assert_array_equal(r.count, np.full(np.shape(lo), count))
-    assert all(np.asarray(leaf).dtype == np.float32 for leaf in r)
+    assert all(np.asarray(leaf).dtype == np.float32 for leaf in jax.tree.leaves(r))
 
 
 static = jaxq.w8a8(static=True)

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxq
 import timing
@@ -185,6 +186,37 @@ def import_time(settings: Settings) -> Table:
     return Table("Import", "import jaxq after jax / import jax (less is better)", "import jax", [row])
 
 
+# Arrays
+
+
+def arrays(settings: Settings) -> Table:
+    """Measure quantizing and dequantizing 16 M float32 numbers, against a copy of them."""
+    x = jax.random.normal(jax.random.key(0), (4096, 4096))
+    quantizers = {
+        "int8 per channel": jaxq.int8(),
+        "int8 per tensor": jaxq.int8(per_tensor=True),
+        "int4 per channel, packed": jaxq.int4(),
+        "int4 in groups of 128, packed": jaxq.int4(group=128),
+    }
+    calls = {"copy": functools.partial(jax.jit(jnp.copy), x)}
+    calls |= {name: functools.partial(jax.jit(lambda x, q=q: q(x).decode()), x) for name, q in quantizers.items()}
+    blocks = timing.interleave(calls, rounds=settings.rounds, block=3)
+    rows = [relative_time("float32[4096,4096]", name, blocks, "copy") for name in quantizers]
+    return Table("Quantize and dequantize", "time / time of a copy (less is better)", "copy", rows)
+
+
+def clustering(settings: Settings) -> Table:
+    """Measure exact 1-D k-means of a million numbers into 16 clusters, against sorting them."""
+    values = np.random.default_rng(0).normal(size=10**6).astype(np.float32)
+    calls = {
+        "sort": functools.partial(np.sort, values),
+        "exact k-means": functools.partial(jaxq.k_means_quantize, values, 16),
+    }
+    blocks = timing.interleave(calls, rounds=settings.rounds, block=1, warm_up=1)
+    row = relative_time("float32[1000000], 16 clusters", "exact k-means", blocks, "sort")
+    return Table("Clustering", "time / time of a sort (less is better)", "sort", [row])
+
+
 # Peers
 
 
@@ -311,7 +343,14 @@ def heading(facts: dict[str, str]) -> str:
     return "\n".join(f"* {name}: {value}" for name, value in facts.items()) + "\n"
 
 
-MEASUREMENTS = {"inference": inference, "training": training, "tracing": tracing, "import": import_time}
+MEASUREMENTS = {
+    "inference": inference,
+    "training": training,
+    "tracing": tracing,
+    "import": import_time,
+    "arrays": arrays,
+    "clustering": clustering,
+}
 
 
 def choice(allowed: Sequence[str]) -> Callable[[str], list[str]]:

@@ -37,10 +37,10 @@ class Decision:
     @property
     def is_integer(self) -> bool:
         """Whether the products of this site are products of integers."""
-        return bool(self.scheme) and len(self.quantizers) == 2 and all(q is not None for q in self.quantizers)
+        return len(self.quantizers) == 2 and all(q is not None and q.integer for q in self.quantizers)
 
 
 def blank_ranges(decision: Decision) -> tuple[Range | None, ...]:
     """Return an unobserved range for every operand of a site that has a static quantizer."""
     stack = decision.site.stack
-    return tuple(calibrators.unobserved(stack) if q is not None and q.static else None for q in decision.quantizers)
+    return tuple(calibrators.unobserved(stack, q) if q is not None and q.static else None for q in decision.quantizers)

@@ -1,7 +1,7 @@
 """Plans as JSON: every field by name, every type from a closed list, nothing executed."""
 
-import dataclasses
 import json
+import typing
 from typing import Any
 
 import jax
@@ -9,21 +9,25 @@ import numpy as np
 
 from jaxq.decisions.decision import Decision, Ranges, blank_ranges
 from jaxq.decisions.scheme import Scheme
-from jaxq.numbers.calibrators import EMA, MinMax, Range
-from jaxq.numbers.formats import Int
+from jaxq.numbers import spec
+from jaxq.numbers.calibrators import Calibrator, Range
+from jaxq.numbers.fits import Fit
+from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.quantizers import Quantizer
+from jaxq.numbers.scaling import Scaling
 from jaxq.programs.sites import Operand, Site
 
 VERSION = 1
-TYPES = {cls.__name__: cls for cls in (Int, Quantizer, MinMax, EMA, Scheme, Operand, Site, Decision)}
+RULES = (*typing.get_args(Calibrator), *typing.get_args(Fit), *typing.get_args(Scaling))
+TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Scheme, Operand, Site, Decision)}
 
 
 def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:
     """Return the JSON text of a plan. Raises `TypeError` while its ranges are being traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ranges)):
         raise TypeError("a plan is written with the values of its ranges: call to_json() outside jit")
-    numbers = [[r and [np.asarray(a, np.float32).tolist() for a in r] for r in per_site] for per_site in ranges]
-    return json.dumps({"jaxq_plan": VERSION, "decisions": _encode(decisions), "ranges": numbers}, indent=1)
+    numbers = [[r and jax.tree.map(lambda a: np.asarray(a, np.float32).tolist(), r) for r in site] for site in ranges]
+    return json.dumps({"jaxq_plan": VERSION, "decisions": spec.encode(decisions), "ranges": numbers}, indent=1)
 
 
 def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:
@@ -32,7 +36,7 @@ def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:
         data = json.loads(text, parse_constant=_refuse)
         if not isinstance(data, dict) or data.get("jaxq_plan") != VERSION:
             raise ValueError(f"expected jaxq_plan version {VERSION}")
-        decisions = _decode(data["decisions"])
+        decisions = spec.decode(data["decisions"], TYPES)
         ranges = tuple(tuple(_range(r) for r in per_site) for per_site in data["ranges"])
         _check(decisions, ranges)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError) as error:
@@ -44,29 +48,13 @@ def _refuse(constant: str):
     raise ValueError(f"{constant} is not a number of a plan")
 
 
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_decode(item) for item in value)
-    if isinstance(value, dict):
-        fields = dict(value)
-        return TYPES[fields.pop("type")](**{name: _decode(item) for name, item in fields.items()})
-    return value
-
-
 def _range(value: Any) -> Range | None:
     if value is None:
         return None
-    lo, hi, count = (np.asarray(item, np.float32) for item in value)
-    return Range(lo, hi, count)
+    *ends, counts = value
+    lo, hi, count = (np.asarray(item, np.float32) for item in ends)
+    seen = None if counts is None else Histogram(*(np.asarray(item, np.float32) for item in counts))
+    return Range(lo, hi, count, seen)
 
 
 def _check(decisions: Any, ranges: tuple) -> None:

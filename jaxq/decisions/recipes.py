@@ -7,7 +7,8 @@ import dataclasses
 
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers.calibrators import Calibrator, MinMax
-from jaxq.numbers.quantizers import Quantizer, int8
+from jaxq.numbers.catalog import int8
+from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Site
 
 

@@ -67,11 +67,11 @@ def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
 def _check_sums(site: Site, scheme: Scheme) -> None:
     """Raise where int32 sums of products of codes could overflow: K * max|a| * max|b| must stay below 2^31."""
     quantizers = [scheme.of(operand.role) for operand in site.operands]
-    if len(quantizers) != 2 or None in quantizers:
+    if len(quantizers) != 2 or not all(q is not None and q.integer for q in quantizers):
         return
     reach = 1
     for q in quantizers:
-        reach *= q.format.reach(q.symmetric)
+        reach *= q.reach()
     if site.terms * reach > INT32_MAX:
         raise ValueError(
             f"site '{site.name}' sums {site.terms} products of {quantizers[0].format} and {quantizers[1].format} codes "
@@ -90,7 +90,13 @@ def _check_grids(site: Site, scheme: Scheme) -> None:
             quantizer.grid(operand.shape, operand.contracted)
         except ValueError as error:
             raise ValueError(f"site '{site.name}': {error}; choose another group=") from None
-        if quantizer.group and scheme.act is not None and site.op in ("conv_general_dilated", "ragged_dot"):
+        if (
+            quantizer.group
+            and quantizer.integer
+            and scheme.act is not None
+            and scheme.act.integer
+            and site.op in ("conv_general_dilated", "ragged_dot")
+        ):
             raise ValueError(
                 f"site '{site.name}': {site.op} has no integer kernel for weights in groups; "
                 "use weight_only(...) there, or drop group="

@@ -5,6 +5,7 @@ normalisation, merged adapters) convert like plain leaves. What the quantized pr
 it reads both ways is kept both ways.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -71,12 +72,16 @@ def _check_weights(layout: Layout, leaves: list) -> None:
 
 def _check_scales(captured: Captured) -> None:
     for name, (item, codes) in captured.items():
-        traced = isinstance(codes.scale, jax.core.Tracer)
-        if not traced and not bool(jnp.isfinite(codes.scale).all()):
+        known = [x for x in (codes.scale, codes.outer, codes.table) if x is not None and not _is_traced(x)]
+        if not all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in known):
             origins = ", ".join(item.site.weight.origins)
             raise ValueError(
                 f"the weight of site '{name}' (from {origins}) comes out as NaN or infinity; repair {origins}"
             )
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _capture(program: Program, layout: Layout, leaves: list) -> Captured:
@@ -110,8 +115,8 @@ def _store(index: int, leaf: Any, read: bool, captured: Captured) -> Any:
         return Dropped(leaf.shape, leaf.dtype) if part_of and not read else leaf
     single = None if read else _one_array(leaf, list(here.values()))
     if single is not None:
-        return single
-    codes = {name: codes for name, (_, codes) in here.items()}
+        return single.packed(len(next(iter(here.values()))[0].site.stack))
+    codes = {name: codes.packed(len(item.site.stack)) for name, (item, codes) in here.items()}
     return Stored(codes, leaf if read else None, leaf.shape, leaf.dtype)
 
 
@@ -120,8 +125,7 @@ def _one_array(leaf: Any, users: list[tuple[Located, QArray]]) -> QArray | None:
     if any(item.leaf is None for item, _ in users):
         return None
     arrays = [to_leaf(codes, item) for item, codes in users]
-    kinds = {(q.format, q.scale.shape, q.zero_point is None, q.dtype) for q in arrays}
+    kinds = {(q.format, q.grid, q.zero_point is None, q.dtype) for q in arrays}
     if len(kinds) > 1 or arrays[0].shape != leaf.shape:
         return None
-    first = arrays[0]
-    return QArray(first.codes, first.scale, first.zero_point, first.format, leaf.dtype)
+    return dataclasses.replace(arrays[0], dtype=leaf.dtype)

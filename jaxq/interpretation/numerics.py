@@ -9,19 +9,19 @@ barrier, without which XLA folds constants into other roundings than it uses for
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxq import lowering
+from jaxq.numbers import codecs
+from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.qarray import QArray
-from jaxq.numbers.quantizers import Affine, Quantizer, affine_for, affine_of, encode, raw_scale, rounded, settle
+from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.ops import Embedding, Op
 
 
@@ -34,18 +34,23 @@ class Task:
     weight: int | None
 
 
-def to_codes(quantizer: Quantizer, contracted: Sequence[int], x: jax.Array, r: Range | None) -> QArray:
+def to_codes(task: Task, number: int, x: jax.Array, r: Range | None) -> QArray:
     """Quantize an operand by its static range, or by its own where there is none."""
-    return encode(x, _affine(quantizer, contracted, x, r), quantizer)
+    quantizer, grid = task.quantizers[number], _grid(task, number, x)
+    return codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid))
 
 
-def _affine(quantizer: Quantizer, contracted: Sequence[int], x: jax.Array, r: Range | None) -> Affine:
-    grid = quantizer.grid(x.shape, contracted)
+def _grid(task: Task, number: int, x: jax.Array) -> tuple[int, ...]:
+    return task.quantizers[number].grid(x.shape, task.op.contracted[number])
+
+
+def _fixed(quantizer: Quantizer, r: Range | None, grid: tuple[int, ...]) -> Range | None:
+    """Return a static range with ends of the scale's shape, constant to derivatives; None for a dynamic quantizer."""
     if not quantizer.static:
-        return affine_for(quantizer, lax.stop_gradient(x), grid)
+        return None
     assert r is not None, "a static quantizer comes with a range"
-    fixed = Range(*(lax.reshape(lax.stop_gradient(jnp.asarray(leaf)), grid) for leaf in r))
-    return affine_of(quantizer, fixed)
+    r = jax.tree.map(lambda leaf: lax.stop_gradient(jnp.asarray(leaf)), r)
+    return r._replace(lo=lax.reshape(r.lo, grid), hi=lax.reshape(r.hi, grid))
 
 
 def weight_codes(task: Task, w: jax.Array) -> QArray:
@@ -54,19 +59,19 @@ def weight_codes(task: Task, w: jax.Array) -> QArray:
 
 
 def _raw_weight_codes(task: Task, w: jax.Array) -> QArray:
-    """Return the codes of a weight operand, with a scale still to be settled where it is symmetric."""
-    quantizer, contracted, w = task.quantizers[task.weight], task.op.contracted[task.weight], hide(w)
-    if not quantizer.symmetric or not quantizer.format.signed:
-        return to_codes(quantizer, contracted, w, None)
-    raw = raw_scale(quantizer, w, quantizer.grid(w.shape, contracted))
-    return dataclasses.replace(encode(w, Affine(settle(quantizer, raw), None), quantizer), scale=raw)
+    """Return the codes of a weight operand, with a scale still to be settled where it is one reduction."""
+    quantizer, w = task.quantizers[task.weight], hide(w)
+    if not is_plain(quantizer):
+        return to_codes(task, task.weight, w, None)
+    raw = raw_scale(quantizer, w, _grid(task, task.weight, w))
+    codes = encode(quantizer, w, Affine(settle(quantizer, raw), None))
+    return QArray(codes, raw, None, quantizer.format, w.dtype)
 
 
 def _settled(task: Task, q: QArray) -> QArray:
     """Return codes with their scale settled: the same operations on a scale just computed and on a stored one."""
     quantizer = task.quantizers[task.weight]
-    symmetric = quantizer.symmetric and quantizer.format.signed
-    return dataclasses.replace(q, scale=settle(quantizer, q.scale)) if symmetric else q
+    return dataclasses.replace(q, scale=settle(quantizer, q.scale)) if is_plain(quantizer) else q
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,13 +85,14 @@ def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple) -> jax.Arr
 def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
     """Return an operand's codes; None where it stays float."""
     if isinstance(x, QArray):
-        return _settled(task, hide(x))
+        settled = _settled(task, hide(x))
+        return settled if isinstance(task.op, Embedding) else settled.plain()
     if task.quantizers[number] is None:
         return None
     x = lax.stop_gradient(x)
     if number == task.weight:
-        return _settled(task, hide(_raw_weight_codes(task, x)))
-    return to_codes(task.quantizers[number], task.op.contracted[number], x, r)
+        return _settled(task, hide(_raw_weight_codes(task, x))).plain()
+    return to_codes(task, number, x, r).plain()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -117,7 +123,8 @@ def _linear(op: Op, *operands) -> jax.Array:
 
 
 def _refuse_gradient(tangent: QArray) -> None:
-    if not isinstance(tangent.scale, SymbolicZero):
+    moving = [leaf for leaf in (tangent.scale, tangent.table) if leaf is not None]
+    if not all(isinstance(leaf, SymbolicZero) for leaf in moving):
         raise TypeError(
             "there is no gradient by a converted weight (a QArray): differentiate by the float leaves, for example "
             "adapters, or train float parameters with jaxq.qat"
@@ -148,11 +155,6 @@ def _imitation_jvp(task, number, primals, tangents):
 
 def _through(task: Task, number: int, x: jax.Array, r: Range | None, dx: jax.Array) -> jax.Array:
     """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
-    quantizer = task.quantizers[number]
-    if not quantizer.static and (quantizer.format.signed or not quantizer.symmetric):
-        return dx  # a range taken from the data itself clips nothing
-    low, high = quantizer.bounds()
-    affine = _affine(quantizer, task.op.contracted[number], x, r)
-    codes = rounded(lax.stop_gradient(x), affine, x.shape)
-    inside = lax.bitwise_and(lax.ge(codes, np.float32(low)), lax.le(codes, np.float32(high)))
-    return lax.select(inside, dx, lax.full_like(dx, 0))
+    quantizer, grid, x = task.quantizers[number], _grid(task, number, x), lax.stop_gradient(x)
+    inside = codecs.inside(quantizer, x, grid, _fixed(quantizer, r, grid))
+    return dx if inside is None else lax.select(inside, dx, lax.full_like(dx, 0))

@@ -114,7 +114,7 @@ def _alarmed(r: Range, alarm: jax.Array) -> Range:
     """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull."""
     if jnp.ndim(r.count):
         seen = r.count > 0
-        r = Range(jnp.where(seen, r.lo, jnp.min(r.lo)), jnp.where(seen, r.hi, jnp.max(r.hi)), r.count)
+        r = r._replace(lo=jnp.where(seen, r.lo, jnp.min(r.lo)), hi=jnp.where(seen, r.hi, jnp.max(r.hi)))
     return r._replace(hi=r.hi + alarm)
 
 

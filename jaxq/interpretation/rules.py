@@ -14,10 +14,11 @@ from jax import lax
 
 from jaxq.decisions.decision import Decision
 from jaxq.interpretation.numerics import Task, run_site, weight_codes
-from jaxq.numbers import calibrators
+from jaxq.numbers import calibrators, histogram
+from jaxq.numbers.affine import observe
 from jaxq.numbers.calibrators import Range
+from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.qarray import QArray
-from jaxq.numbers.quantizers import observe
 from jaxq.programs import jaxpr
 from jaxq.programs.sites import Located, Path
 
@@ -89,12 +90,14 @@ class Observe(Rule):
 
     def __call__(self, item, eqn, operands, given):
         decision = self.execute.decisions[item.path]
-        static = [q is not None and q.static for q in decision.quantizers]
-        seen = tuple(observe(x) if s else None for x, s in zip(operands, static, strict=False))
+        pairs = zip(decision.quantizers, operands, strict=False)
+        seen = tuple(observe(q, x) if q is not None and q.static else None for q, x in pairs)
         if not self.quantized:
-            return jaxpr.rebind(eqn, *operands), seen if any(static) else None
+            return jaxpr.rebind(eqn, *operands), seen if any(r is not None for r in seen) else None
         ranges = tuple(_first_sight(old, new) for old, new in zip(given.ranges, seen, strict=True))
-        return [self.execute.run(item, operands, given._replace(ranges=ranges))], seen if any(static) else None
+        return [self.execute.run(item, operands, given._replace(ranges=ranges))], seen if any(
+            r is not None for r in seen
+        ) else None
 
     def merge(self, a, b):
         return jax.tree.map(calibrators.merge, a, b, is_leaf=_is_range)
@@ -104,7 +107,10 @@ class Observe(Rule):
 
     def merge_devices(self, seen, axes):
         def hull(r: Range) -> Range:
-            return Range(_over(lax.pmin, r.lo, axes), _over(lax.pmax, r.hi, axes), _over(lax.pmax, r.count, axes))
+            lo, hi, count = (
+                _over(reduce, x, axes) for reduce, x in zip((lax.pmin, lax.pmax, lax.pmax), r, strict=False)
+            )
+            return Range(lo, hi, count, None if r.histogram is None else _all_counts(r.histogram, axes))
 
         return jax.tree.map(hull, seen, is_leaf=_is_range)
 
@@ -113,7 +119,7 @@ def _first_sight(old: Range | None, new: Range | None) -> Range | None:
     """Return the range to quantize with: the plan's, or what is seen right now where the plan has seen nothing."""
     if old is None or new is None:
         return old
-    return Range(*(jnp.where(old.count > 0, a, b) for a, b in zip(old, new, strict=True)))
+    return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
 
 
 def _is_range(node: Any) -> bool:
@@ -125,6 +131,12 @@ def _over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
     varying = getattr(jax.typeof(x), "vma", None)
     names = tuple(axes & varying) if varying else tuple(axes)
     return reduce(x, names) if names and (varying or varying is None) else x
+
+
+def _all_counts(h: Histogram, axes: frozenset[str]) -> Histogram:
+    """Return the histogram of the values of all devices: as wide as the widest, then added up."""
+    wide = histogram.coarsen(h, _over(lax.pmax, h.exponent, axes))
+    return wide._replace(counts=_over(lax.psum, wide.counts, axes))
 
 
 @dataclasses.dataclass(frozen=True)

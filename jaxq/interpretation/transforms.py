@@ -22,6 +22,7 @@ from jaxq.interpretation.arguments import Argnums, Layout, Static, take_apart
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.rules import Observe
 from jaxq.interpretation.weights import run_without, sort_leaves
+from jaxq.numbers import calibrators
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.qarray import is_converted
 from jaxq.numbers.quantizers import Quantizer
@@ -259,5 +260,5 @@ def updated(plan: Plan, seen: dict[str, tuple[Range | None, ...]]) -> Plan:
     for decision, olds in zip(plan.decisions, plan.ranges, strict=True):
         news = seen.get(decision.site.name, (None,) * len(olds))
         triples = zip(decision.quantizers, olds, news, strict=True)
-        ranges.append(tuple(old if new is None else q.calibrator.update(old, new) for q, old, new in triples))
+        ranges.append(tuple(old if new is None else calibrators.update(q, old, new) for q, old, new in triples))
     return Plan(plan.decisions, tuple(ranges))

@@ -26,7 +26,7 @@ def run(op: Op, operands: Sequence[jax.Array | QArray], rest: Sequence[jax.Array
     """Run an operation: integers where all operands are codes, otherwise float on decoded operands."""
     if isinstance(op, Embedding):
         return lookup(op, operands[0], rest[0])
-    if not all(isinstance(operand, QArray) for operand in operands):
+    if not all(isinstance(operand, QArray) and operand.format.integer for operand in operands):
         return op.apply(*(_plain(operand) for operand in operands), *rest)
     acc, scale = KERNELS[type(op)](op, *operands, *rest)
     return lax.convert_element_type(dequantize(acc, scale), op.out_dtype)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxq.numbers import blocks
+from jaxq.numbers import blocks, packing
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Embedding
 
@@ -12,10 +12,21 @@ def lookup(op: Embedding, table: jax.Array | QArray, indices: jax.Array) -> jax.
     """Return rows of the decoded table. Indices out of bounds give what the op fills with: it is in their scale."""
     if not isinstance(table, QArray):
         return op.apply(table, indices)
-    codes = op.apply(table.codes, indices, fill_value=1)
+    if not table.format.integer:
+        return op.apply(table.decode(), indices)
+    codes, table = _codes(op, table, indices), table.plain()
     if table.zero_point is not None:
         codes = codes.astype(jnp.int32) - op.apply(_thin(op, table, table.zero_point), indices, fill_value=0)
     return (codes.astype(jnp.float32) * op.apply(_thin(op, table, table.scale), indices)).astype(op.out_dtype)
+
+
+def _codes(op: Embedding, table: QArray, indices: jax.Array) -> jax.Array:
+    """Return the codes of the rows, unpacked after the lookup where the rows are packed along a whole axis."""
+    where = table.packing
+    if where is None or where.axis % table.ndim not in op.contracted[0]:
+        return op.apply(table.codes, indices, fill_value=1)
+    rows = op.apply(table.stored, indices, fill_value=packing.byte_of(1, table.format))
+    return packing.unpack(rows, table.format, op.output_axis(where.axis % table.ndim), where.length)
 
 
 def _thin(op: Embedding, table: QArray, per_block: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ axis", the full size is "one per index", anything between is "one per block". Pe
 group differ in nothing else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -73,3 +74,24 @@ def hide(tree):
     One barrier each, so that an array nobody reads is still dropped.
     """
     return jax.tree.map(lax.optimization_barrier, tree)
+
+
+def to_rows(x: jax.Array, grid: Sequence[int]) -> jax.Array:
+    """Return the blocks of `x` as rows: [blocks, elements of a block], blocks in the order of the grid."""
+    check_grid(x.shape, grid)
+    wide, order = _split(x.shape, grid)
+    count = math.prod(grid)
+    return lax.reshape(lax.transpose(lax.reshape(x, wide), order), (count, x.size // count if count else 0))
+
+
+def from_rows(rows: jax.Array, grid: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """Return the array of `shape` that `to_rows` made rows of."""
+    wide, order = _split(shape, grid)
+    moved = lax.reshape(rows, [wide[axis] for axis in order])
+    return lax.reshape(lax.transpose(moved, [order.index(axis) for axis in range(len(order))]), shape)
+
+
+def _split(shape: Sequence[int], grid: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the shape with every axis split into (blocks, block), and the order that puts all blocks in front."""
+    wide = [size for n, g in zip(shape, grid, strict=True) for size in (g, n // g if g else 0)]
+    return wide, [*range(0, len(wide), 2), *range(1, len(wide), 2)]

@@ -1,45 +1,66 @@
-"""How a static range follows the data it is shown: pure functions from an old range and a new observation to a range.
+"""How a range follows the data it is shown: pure functions from an old range and a new observation to a range.
 
 Ranges always contain zero, so that zero is exact, and an unobserved range is a count of zero: every rule here treats
-`count == 0` as "no information", which is what an untaken branch reports.
+`count == 0` as "no information", which is what an untaken branch reports. Min-max and moving averages need the ends of
+what was seen; the other calibrators a histogram, whose memory does not grow and whose merging is exact (see
+`histogram`). Those serve as `fit=` of a weight too, where the array itself is at hand.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxq.numbers import histogram
+from jaxq.numbers.fits import Keeping
+from jaxq.numbers.histogram import Histogram
+
+if TYPE_CHECKING:
+    from jaxq.numbers.quantizers import Quantizer
 
 
 class Range(NamedTuple):
     """What is known of an operand's values: lo <= 0 <= hi and the number of observations, all float32, one shape.
 
+    histogram: how the values are distributed, where the calibrator asks for it.
+
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
     >>> _, plan = jaxq.observe(f, jaxq.w8a8(static=True))(params, -2 * jnp.ones((2, 4)))
-    >>> [float(x) for x in plan.range("w")[0]]
+    >>> [float(x) for x in plan.range("w")[0][:3]]
     [-2.0, 0.0, 1.0]
     """
 
     lo: Any
     hi: Any
     count: Any
+    histogram: Histogram | None = None
 
 
-def unobserved(shape: tuple[int, ...]) -> Range:
+def unobserved(shape: tuple[int, ...], quantizer: Quantizer) -> Range:
     """Return the range of an operand that nothing has been seen of."""
     zero = np.zeros(shape, np.float32)
-    return Range(zero, zero, zero)
+    return Range(zero, zero, zero, histogram.empty(shape) if quantizer.counts else None)
 
 
 def merge(a: Range, b: Range) -> Range:
-    """Return what two observations of the same thing amount to: their hull."""
-    return Range(jnp.minimum(a.lo, b.lo), jnp.maximum(a.hi, b.hi), jnp.maximum(a.count, b.count))
+    """Return what two observations of the same thing amount to: their hull, and all their values."""
+    counts = jnp.maximum(a.count, b.count)
+    return Range(jnp.minimum(a.lo, b.lo), jnp.maximum(a.hi, b.hi), counts, _together(a, b))
+
+
+def _together(a: Range, b: Range) -> Histogram | None:
+    return None if a.histogram is None or b.histogram is None else histogram.merge(a.histogram, b.histogram)
 
 
 def merge_axis(r: Range) -> Range:
     """Return the hull of the observations stacked along the leading axis."""
-    return Range(r.lo.min(0, initial=0), r.hi.max(0, initial=0), r.count.max(0, initial=0))
+    seen = None if r.histogram is None else histogram.merge_axis(r.histogram)
+    return Range(r.lo.min(0, initial=0), r.hi.max(0, initial=0), r.count.max(0, initial=0), seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +72,11 @@ class MinMax:
     MinMax()
     """
 
+    histogram = False
+
     def update(self, old: Range, new: Range) -> Range:
-        hull = merge(old, new)
-        return hull._replace(count=old.count + new.count)
+        """Return the hull of both."""
+        return merge(old, new)._replace(count=old.count + new.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +91,14 @@ class EMA:
     """
 
     decay: float = 0.99
+    histogram = False
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"an EMA decays by a factor in [0, 1), got {self.decay!r}")
 
     def update(self, old: Range, new: Range) -> Range:
+        """Return the average, moved by one observation."""
         keep = jnp.where(old.count > 0, jnp.float32(self.decay), jnp.float32(0))
         seen = new.count > 0
 
@@ -83,7 +108,43 @@ class EMA:
         return Range(mix(old.lo, new.lo), mix(old.hi, new.hi), old.count + new.count)
 
 
-Calibrator = MinMax | EMA
+@dataclasses.dataclass(frozen=True)
+class OverflowRate:
+    """Range = a power of two, doubled where more than `rate` of a batch overflows, halved where that would not.
+
+    The dynamic fixed point of Courbariaux et al. 2014 (section 5): one step for each observation; the first one is
+    taken from the largest value.
+
+    >>> import jaxq
+    >>> jaxq.dynamic_fixed(8, calibrator=jaxq.overflow_rate(1e-4))
+    int8 per tensor static (OverflowRate(rate=0.0001)) power of two
+    """
+
+    rate: float = 1e-4
+    histogram = True
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"an overflow rate is a fraction in [0, 1), got {self.rate!r}")
+
+    def update(self, old: Range, new: Range) -> Range:
+        """Return the range moved by at most one power of two."""
+        first = histogram.width(new.histogram) * jnp.float32(new.histogram.counts.shape[-1] // 2)
+        beyond, beyond_half = (_share_beyond(new.histogram, limit) for limit in (old.hi, 0.5 * old.hi))
+        moved = jnp.where(beyond > self.rate, 2 * old.hi, jnp.where(beyond_half <= self.rate, 0.5 * old.hi, old.hi))
+        hi = jnp.where(new.count > 0, jnp.where(old.count > 0, moved, first), old.hi)
+        return Range(-hi, hi, old.count + new.count, old.histogram)
+
+
+Calibrator = MinMax | EMA | OverflowRate | Keeping
+
+
+def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
+    """Return a static range, moved by one observation as the quantizer's calibrator says."""
+    calibrator = quantizer.calibrator
+    if isinstance(calibrator, Keeping):
+        return _accumulated(calibrator, quantizer, old, new)
+    return calibrator.update(old, new)
 
 
 def minmax() -> MinMax:
@@ -104,3 +165,32 @@ def ema(decay: float = 0.99) -> EMA:
     EMA(decay=0.999)
     """
     return EMA(decay)
+
+
+def overflow_rate(rate: float = 1e-4) -> OverflowRate:
+    """Make a calibrator of powers of two that lets a fraction `rate` of the values overflow.
+
+    >>> import jaxq
+    >>> jaxq.overflow_rate(0.01)
+    OverflowRate(rate=0.01)
+    """
+    return OverflowRate(rate)
+
+
+def _accumulated(rule: Keeping, quantizer: Quantizer, old: Range, new: Range) -> Range:
+    """Return the range that a rule keeps of everything seen."""
+    seen = histogram.merge(old.histogram, new.histogram)
+    lo, hi = rule.keep(quantizer, seen)
+    count = old.count + new.count
+    # NaN and infinity do not show in a histogram, they do in the ends.
+    bad = ~(jnp.isfinite(new.lo) & jnp.isfinite(new.hi))
+    return Range(jnp.where(bad, new.lo, lo), jnp.where(bad, new.hi, hi), count, seen)
+
+
+def _share_beyond(h: Histogram, limit: jax.Array) -> jax.Array:
+    """Return the share of values at or beyond +-limit, a power of two; of shape [*stack]."""
+    bins = h.counts.shape[-1]
+    number = jnp.arange(bins, dtype=jnp.float32) - jnp.float32(bins // 2)
+    distance = jnp.where(number < 0, -number - 1, number)  # of a bin's inner edge from zero, in widths
+    outside = distance * histogram.width(h)[..., None] >= limit[..., None]
+    return jnp.sum(h.counts * outside, -1) / jnp.maximum(jnp.sum(h.counts, -1), 1)

@@ -51,6 +51,11 @@ class Embedding:
         del shapes
         return 0
 
+    def output_axis(self, axis: int) -> int:
+        """Return where a whole axis of the table is in the output."""
+        gone = (*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims)
+        return self.numbers.offset_dims[axis - sum(other < axis for other in gone)]
+
     def apply(self, table: jax.Array, indices: jax.Array, *rest, out_dtype=None, fill_value=None) -> jax.Array:
         """Look up in a plain array, or in a scale, whose whole axes have size one."""
         del rest, out_dtype

@@ -1,0 +1,207 @@
+"""From real numbers to codes and back to their neighbours: one encoder per family of formats.
+
+`encode` gives an array's codes by a static range, or by its own where there is none; `inside` says where a value was
+not clipped, which is where a straight-through gradient passes. Integers and fixed point are in `affine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.numbers import affine, blocks, clipping, floats, histogram, lloyd, microscaling
+from jaxq.numbers.affine import Affine
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Int, Levels, Ternary
+from jaxq.numbers.qarray import QArray
+from jaxq.numbers.scaling import Microscale, Nested
+
+if TYPE_CHECKING:
+    from jaxq.numbers.quantizers import Quantizer
+
+Grid = tuple[int, ...]
+
+
+def encode(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None = None) -> QArray:
+    """Return the codes of `x`: by the range `r`, whose leaves have the shape `grid`, or by the range of each block."""
+    return ENCODERS[type(quantizer.format)](quantizer.format, quantizer, x, tuple(grid), r)
+
+
+def inside(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None = None) -> jax.Array | None:
+    """Return where no value is clipped, or None where none ever is: straight-through gradients pass there."""
+    form = quantizer.format
+    if isinstance(form, (Int, Fixed)):
+        covers = r is None and isinstance(form, Int) and quantizer.fit is None
+        if covers and (form.signed or not quantizer.symmetric):
+            return None
+        return affine.inside(quantizer, x, _affine(quantizer, x, grid, r))
+    if r is None:
+        return None
+    return lax.bitwise_and(*(_beyond(x, end, sign) for end, sign in ((r.lo, -1), (r.hi, 1))))
+
+
+def _beyond(x: jax.Array, end: jax.Array, sign: int) -> jax.Array:
+    """Return where `x` is not beyond one end of a range."""
+    wide = jnp.broadcast_to(blocks.spread(end, x.shape), x.shape)
+    values = lax.convert_element_type(x, jnp.float32)
+    return lax.le(values, wide) if sign > 0 else lax.ge(values, wide)
+
+
+# --- integers and fixed point -----------------------------------------------------------------------------------------
+
+
+def _affine(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None) -> Affine:
+    if isinstance(quantizer.format, Fixed):
+        return Affine(_nan_if_nan(x, grid, jnp.full(grid, quantizer.format.scale, jnp.float32)), None)
+    return affine.affine_for(quantizer, x, grid) if r is None else affine.affine_of(quantizer, r)
+
+
+def _integers(form: Int | Fixed, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    if isinstance(quantizer.scaling, Microscale):
+        # The largest code is one step short of two: the exponent of the range is that of the second highest bit.
+        power = _floor_power(_width(x, grid, r), form.bits - 2)
+        codes = affine.encode(quantizer, x, Affine(power, None))
+        return QArray(codes, microscaling.to_e8m0(power), None, form, x.dtype)
+    fitted = _affine(quantizer, x, grid, r)
+    return QArray(affine.encode(quantizer, x, fitted), fitted.scale, fitted.zero_point, form, x.dtype)
+
+
+def _nan_if_nan(x: jax.Array, grid: Sequence[int], scale: jax.Array) -> jax.Array:
+    """Return a constant scale, NaN where a block holds NaN: codes cannot show it. Infinity saturates."""
+    bad = blocks.collapse(lax.convert_element_type(lax.ne(x, x), jnp.float32), grid, lax.reduce_max)
+    return lax.select(lax.gt(bad, np.float32(0)), lax.full_like(scale, np.nan), scale)
+
+
+# --- signs ------------------------------------------------------------------------------------------------------------
+
+
+def _binary(form: Binary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    """`sign(x)` with the mean absolute value as scale: the least squared error (Rastegari et al. 2016, section 3.1)."""
+    del r
+    codes = lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1))
+    return QArray(codes, _mean_abs(x, grid), None, form, x.dtype)
+
+
+def _ternary(form: Ternary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    """`sign(x) [|x| > t mean|x|]`, and the mean absolute value of the rest as scale (Li et al. 2016, equation 6)."""
+    del r
+    size = lax.abs(lax.convert_element_type(x, jnp.float32))
+    mean = _mean_abs(x, grid)
+    limit = jnp.broadcast_to(blocks.spread(lax.mul(mean, np.float32(form.threshold)), x.shape), x.shape)
+    large = lax.gt(size, limit)
+    codes = lax.select(large, lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1)), _ones(x, 0))
+    total = _sum(lax.select(large, size, lax.full_like(size, 0)), grid)
+    count = _sum(lax.convert_element_type(large, jnp.float32), grid)
+    scale = lax.select(lax.gt(count, np.float32(0)), lax.div(total, lax.max(count, np.float32(1))), mean)
+    return QArray(codes, scale, None, form, x.dtype)
+
+
+def _ones(x: jax.Array, value: int) -> jax.Array:
+    return lax.full_like(x, value, jnp.int8)
+
+
+def _mean_abs(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Return the mean absolute value of every block; one where that is zero, NaN where it is not finite."""
+    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
+    mean = lax.reshape(clipping.mean_abs(rows) if x.size else jnp.zeros(rows.shape[0], jnp.float32), grid)
+    mean = lax.select(lax.eq(mean, np.float32(0)), lax.full_like(mean, 1), mean)
+    return lax.select(lax.eq(mean, np.float32(np.inf)), lax.full_like(mean, np.nan), mean)
+
+
+def _sum(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    return blocks.collapse(x, grid, lax.reduce_sum)
+
+
+# --- floating point and tables of levels ------------------------------------------------------------------------------
+
+
+def _floats(form: Float, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    """Numbers of few bits: 16 bits as they are; fewer scaled so that the range's end is the largest number."""
+    if form.bits == 16:
+        return QArray(floats.encode(form, x), jnp.ones((1,) * x.ndim, jnp.float32), None, form, x.dtype)
+    return _scaled(quantizer, x, grid, r, form.largest, lambda v: floats.encode(form, v))
+
+
+def _levels(form: Levels, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    """The nearest of a constant table's levels, whose largest is the range's end (Dettmers et al. 2023, section 3)."""
+    levels = form.values
+    return _scaled(quantizer, x, grid, r, 1.0, lambda v: microscaling.nearest_level(v, levels))
+
+
+def _scaled(quantizer: Quantizer, x: jax.Array, grid, r: Range | None, largest: float, nearest) -> QArray:
+    """Return the codes `nearest(x / scale)` for a scale that takes the range's end to `largest`."""
+    width = _width(x, grid, r)
+    outer = None
+    if isinstance(quantizer.scaling, Microscale):
+        scale = microscaling.to_e8m0(_floor_power(width, math.frexp(largest)[1] - 1))
+    elif isinstance(quantizer.scaling, Nested):
+        scale, outer = _nested(width, largest)
+    else:
+        scale = affine.step(width, largest)
+    q = QArray(x, scale, None, quantizer.format, x.dtype, outer=outer)
+    real = jnp.broadcast_to(blocks.spread(q.real_scale(), x.shape), x.shape)
+    values = lax.div(lax.convert_element_type(x, jnp.float32), real)
+    codes = nearest(lax.select(lax.eq(real, np.float32(0)), lax.full_like(values, 0), values))
+    return QArray(codes, scale, None, quantizer.format, x.dtype, outer=outer)
+
+
+def _width(x: jax.Array, grid, r: Range | None) -> jax.Array:
+    """Return the largest absolute value of every block, infinity for NaN."""
+    ends = affine.range_of(x, grid) if r is None else r
+    return lax.max(lax.neg(ends.lo), ends.hi)
+
+
+def _floor_power(width: jax.Array, emax: int) -> jax.Array:
+    """Return `2^(floor(log2 width) - emax)`: MX scales, taken from the range of a block (OCP MX v1.0, section 6.3)."""
+    return microscaling.mx_scale(width[..., None], emax, 1)[..., 0]
+
+
+def _nested(width: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
+    """Return NVFP4's scales: `e4m3(width / largest / t)` of a block and `t = max width / (448 largest)`."""
+    flat, tensor = microscaling.nvfp4_scales(lax.reshape(width, (width.size,)), 1)
+    del largest
+    return lax.reshape(flat, width.shape), lax.reshape(tensor, (1,) * width.ndim)
+
+
+# --- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
+    """The nearest of k centroids that are fitted to every block, or to the histogram of a static range (k-means)."""
+    size = form.size
+    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
+    table = lloyd.fit(rows, size) if r is None else _table_of(r, size)
+    width = lax.reshape(_width(x, grid, r), (rows.shape[0], 1))
+    table = lax.select(
+        jnp.broadcast_to(lax.lt(width, np.float32(np.inf)), table.shape), table, lax.full_like(table, np.nan)
+    )
+    codes = blocks.from_rows(lloyd.assign(rows, table), grid, x.shape)
+    table = lax.reshape(table, (*grid, size))
+    return QArray(codes, None, None, form, x.dtype, table=table)
+
+
+def _table_of(r: Range, size: int) -> jax.Array:
+    """Return the centroids of the values that a static range has seen: [1, size]."""
+    assert r.histogram is not None, "a static codebook comes with a histogram"
+    counts = lax.reshape(r.histogram.counts, (1, r.histogram.counts.shape[-1]))
+    bins = counts.shape[1]
+    middle = lax.broadcasted_iota(jnp.float32, counts.shape, 1) - np.float32((bins - 1) / 2)
+    width = lax.reshape(histogram.width(r.histogram), (1, 1))
+    return lloyd.fit(lax.mul(middle, jnp.broadcast_to(width, middle.shape)), size, counts)
+
+
+ENCODERS: dict[type, Callable[..., QArray]] = {
+    Int: _integers,
+    Fixed: _integers,
+    Binary: _binary,
+    Ternary: _ternary,
+    Float: _floats,
+    Levels: _levels,
+    Codebook: _codebook,
+}
