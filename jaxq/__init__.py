@@ -79,6 +79,8 @@ from jaxq.numbers.rounding import NearestEven as NearestEven
 from jaxq.numbers.rounding import Saturate as Saturate
 from jaxq.numbers.rounding import TowardZero as TowardZero
 from jaxq.numbers.rounding import Wrap as Wrap
+from jaxq.numbers.rounding import stochastic as stochastic
+from jaxq.numbers.rounding import straight_through as straight_through
 from jaxq.programs.analysis import CoverageError as CoverageError
 from jaxq.programs.sites import Operand as Operand
 from jaxq.programs.sites import Site as Site

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxq.decisions import plan_json, table
 from jaxq.decisions.decision import Decision, Ranges
+from jaxq.numbers import calibrators
 from jaxq.numbers.calibrators import Range
 from jaxq.programs.sites import Site
 
@@ -65,6 +66,16 @@ class Plan:
         self[name]
         return self.ranges[self.names.index(name)]
 
+    def merge(self, other: "Plan") -> "Plan":
+        """Return the plan that one pass over the calibration data of both would have given: from several hosts, say.
+
+        Raises `ValueError` where the plans decide differently, and for calibrators to which the order matters.
+        """
+        if self.decisions != other.decisions:
+            raise ValueError("the plans were made for different programs or policies: merge parts of one calibration")
+        pairs = zip(self.decisions, self.ranges, other.ranges, strict=True)
+        return Plan(self.decisions, tuple(_merged(decision, a, b) for decision, a, b in pairs))
+
     def check(self, *, quantized: bool = False, observed: bool = False) -> "Plan":
         """Return the plan, or raise `ValueError` naming every site that fails.
 
@@ -114,6 +125,11 @@ class Plan:
 
     def __str__(self) -> str:
         return table.render([_row(d) for d in self.decisions], _summary(self))
+
+
+def _merged(decision: Decision, a: tuple, b: tuple) -> tuple[Range | None, ...]:
+    triples = zip(decision.quantizers, a, b, strict=True)
+    return tuple(x if x is None else calibrators.combine(q, x, y) for q, x, y in triples)
 
 
 def _row(decision: Decision) -> table.Row:

@@ -20,7 +20,7 @@ from jaxq.numbers import blocks, clipping, histogram
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.fits import MSE, MeanAbs
 from jaxq.numbers.formats import Fixed, Int
-from jaxq.numbers.rounding import Saturate
+from jaxq.numbers.rounding import Saturate, stochastic
 
 if TYPE_CHECKING:
     from jaxq.numbers.quantizers import Quantizer
@@ -160,22 +160,23 @@ def _round(x: jax.Array) -> jax.Array:
     return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
-def rounded(quantizer: Quantizer, x: jax.Array, affine: Affine) -> jax.Array:
+def rounded(quantizer: Quantizer, x: jax.Array, affine: Affine, key: jax.Array | None = None) -> jax.Array:
     """Return `round(x / scale) + zero_point` in float32, not yet clipped: what the clip mask of a gradient tests."""
     # A quarter of both, so that the reciprocal of the largest scale is a normal number too: exact, a power of two.
     # A division would be one where the scale is an array and a product with a reciprocal where it is a scalar.
     inverse = lax.div(np.float32(1), lax.mul(affine.scale, np.float32(0.25)))
     steps = lax.mul(lax.mul(_float32(x), np.float32(0.25)), blocks.spread(inverse, x.shape))
-    codes = quantizer.format.rounding(steps) if isinstance(quantizer.format, Fixed) else _round(steps)
+    nearest = quantizer.format.rounding if isinstance(quantizer.format, Fixed) else _round
+    codes = nearest(steps) if key is None else stochastic(key, steps)
     if affine.zero_point is None:
         return codes
     return lax.add(codes, _float32(blocks.spread(affine.zero_point, x.shape)))
 
 
-def encode(quantizer: Quantizer, x: jax.Array, affine: Affine) -> jax.Array:
-    """Return codes: rounded to nearest even and saturated, or as a fixed-point format says."""
+def encode(quantizer: Quantizer, x: jax.Array, affine: Affine, key: jax.Array | None = None) -> jax.Array:
+    """Return codes: rounded to nearest even and saturated, as a fixed-point format says, or stochastically by a key."""
     low, high = quantizer.bounds()
-    codes = rounded(quantizer, x, affine)
+    codes = rounded(quantizer, x, affine, key)
     if isinstance(quantizer.format, Fixed) and not isinstance(quantizer.format.overflow, Saturate):
         codes = quantizer.format.overflow(codes, low, high)
     else:

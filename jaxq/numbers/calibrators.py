@@ -133,6 +133,7 @@ class OverflowRate:
         beyond, beyond_half = (_share_beyond(new.histogram, limit) for limit in (old.hi, 0.5 * old.hi))
         moved = jnp.where(beyond > self.rate, 2 * old.hi, jnp.where(beyond_half <= self.rate, 0.5 * old.hi, old.hi))
         hi = jnp.where(new.count > 0, jnp.where(old.count > 0, moved, first), old.hi)
+        hi = jnp.where(_is_finite(new), hi, jnp.float32(jnp.inf))
         return Range(-hi, hi, old.count + new.count, old.histogram)
 
 
@@ -145,6 +146,16 @@ def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
     if isinstance(calibrator, Keeping):
         return _accumulated(calibrator, quantizer, old, new)
     return calibrator.update(old, new)
+
+
+def combine(quantizer: Quantizer, a: Range, b: Range) -> Range:
+    """Return what one pass over the data of both would have given; raise `ValueError` where the order matters."""
+    if isinstance(quantizer.calibrator, (EMA, OverflowRate)):
+        raise ValueError(
+            f"{quantizer.calibrator!r} follows the order of the batches, so two of its ranges cannot be merged; "
+            "use a calibrator that counts, such as jaxq.minmax() or jaxq.percentile()"
+        )
+    return update(quantizer, a, b)
 
 
 def minmax() -> MinMax:
@@ -182,9 +193,13 @@ def _accumulated(rule: Keeping, quantizer: Quantizer, old: Range, new: Range) ->
     seen = histogram.merge(old.histogram, new.histogram)
     lo, hi = rule.keep(quantizer, seen)
     count = old.count + new.count
-    # NaN and infinity do not show in a histogram, they do in the ends.
-    bad = ~(jnp.isfinite(new.lo) & jnp.isfinite(new.hi))
-    return Range(jnp.where(bad, new.lo, lo), jnp.where(bad, new.hi, hi), count, seen)
+    fine = _is_finite(new)
+    return Range(jnp.where(fine, lo, new.lo), jnp.where(fine, hi, new.hi), count, seen)
+
+
+def _is_finite(r: Range) -> jax.Array:
+    """Tell whether all values were finite: NaN and infinity do not show in a histogram, they do in the ends."""
+    return jnp.isfinite(r.lo) & jnp.isfinite(r.hi)
 
 
 def _share_beyond(h: Histogram, limit: jax.Array) -> jax.Array:

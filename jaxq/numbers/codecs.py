@@ -33,6 +33,18 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | N
     return ENCODERS[type(quantizer.format)](quantizer.format, quantizer, x, tuple(grid), r)
 
 
+def encode_stochastically(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], key: jax.Array) -> QArray:
+    """Return integer codes rounded up with the probability of the fraction: unbiased where nothing is clipped.
+
+    Raises `TypeError` for formats that are not integers or fixed point.
+    """
+    if not isinstance(quantizer.format, (Int, Fixed)) or quantizer.scaling is not None:
+        raise TypeError(f"integers and fixed point are rounded stochastically, {quantizer!r} is not: drop key=")
+    fitted = _affine(quantizer, x, grid, None)
+    codes = affine.encode(quantizer, x, fitted, key)
+    return QArray(codes, fitted.scale, fitted.zero_point, quantizer.format, x.dtype)
+
+
 def inside(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None = None) -> jax.Array | None:
     """Return where no value is clipped, or None where none ever is: straight-through gradients pass there."""
     form = quantizer.format

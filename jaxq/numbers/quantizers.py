@@ -120,16 +120,20 @@ class Quantizer:
             return (1,) * len(shape)
         return blocks.grid_shape(shape, contracted, self.group)
 
-    def __call__(self, x: jax.Array, contracted: Sequence[int] | None = None) -> QArray:
+    def __call__(
+        self, x: jax.Array, contracted: Sequence[int] | None = None, *, key: jax.Array | None = None
+    ) -> QArray:
         """Quantize an array by its own range: one scale per index of every axis outside `contracted`.
 
         The default contracts all axes but the last, as for a kernel `[inputs, outputs]`. Codes of 4, 2 and 1 bits come
-        packed. Raises `ValueError` for NaN or infinity where the values are known, and `TypeError` for an array that is
-        not floating point.
+        packed. key: round stochastically instead of to nearest. Raises `ValueError` for NaN or infinity where the
+        values are known, and `TypeError` for an array that is not floating point.
         """
         x = as_float(x)
         axes = range(x.ndim - 1) if contracted is None else [axis % x.ndim for axis in contracted]
-        return codecs.encode(self, x, self.grid(x.shape, tuple(axes))).packed()
+        grid = self.grid(x.shape, tuple(axes))
+        q = codecs.encode(self, x, grid) if key is None else codecs.encode_stochastically(self, x, grid, key)
+        return q.packed()
 
     def __repr__(self) -> str:
         words = [str(self.format)]
