@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.lowering import patches
+from jaxq.lowering import depthwise, patches
 from jaxq.lowering.codes import signed
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Conv
@@ -34,6 +34,8 @@ def _sums(op: Conv, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the int32 convolution of codes."""
     if patches.suits(op, a, b):
         return patches.convolve(op, a, b)
+    if depthwise.suits(op, a, b):
+        return depthwise.convolve(op, a, b)
     plain = dataclasses.replace(op, precision=None)
     outputs = b.shape[op.rhs_spec[0]]
     if not _is_narrow(op, b):

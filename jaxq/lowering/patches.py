@@ -32,9 +32,8 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array) -> jax.Array:
     x = lax.transpose(image, (batch, *spatial, feature))
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in op.padding), (0, 0, 0)))
     sizes = [kernel.shape[axis] for axis in window]
-    spans = [(size - 1) * dilation + 1 for size, dilation in zip(sizes, op.rhs_dilation, strict=True)]
-    lengths = [max(0, (n - s) // t + 1) for n, s, t in zip(x.shape[1:-1], spans, op.strides, strict=True)]
-    shifted = [_tap(op, x, offset, lengths) for offset in itertools.product(*(range(size) for size in sizes))]
+    lengths = tap_lengths(op, x, sizes)
+    shifted = [tap_of(op, x, offset, lengths) for offset in itertools.product(*(range(size) for size in sizes))]
     weights = lax.transpose(kernel, (*window, into, out)).reshape(-1, kernel.shape[out])
     rank = x.ndim
     numbers = (((rank - 1,), (0,)), ((), ()))
@@ -43,7 +42,13 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.transpose(sums, [order[axis] for axis in range(rank)])
 
 
-def _tap(op: Conv, x: jax.Array, offset: tuple[int, ...], lengths: list[int]) -> jax.Array:
+def tap_lengths(op: Conv, x: jax.Array, sizes: list[int]) -> list[int]:
+    """Return the output's spatial sizes for a padded image [batch, *spatial, channels] and a window of `sizes`."""
+    spans = [(size - 1) * dilation + 1 for size, dilation in zip(sizes, op.rhs_dilation, strict=True)]
+    return [max(0, (n - s) // t + 1) for n, s, t in zip(x.shape[1:-1], spans, op.strides, strict=True)]
+
+
+def tap_of(op: Conv, x: jax.Array, offset: tuple[int, ...], lengths: list[int]) -> jax.Array:
     """Return the pixels that one tap of the window sees, [batch, *output, channels]."""
     starts = [o * d if n else 0 for o, d, n in zip(offset, op.rhs_dilation, lengths, strict=True)]
     stops = [start + (n - 1) * t + 1 if n else start for start, n, t in zip(starts, lengths, op.strides, strict=True)]
