@@ -14,7 +14,7 @@ from scipy import special, stats
 from jaxq.numbers import clipping, histogram
 from jaxq.numbers.histogram import BINS, HALF
 
-SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 GAUSS, LAPLACE = stats.norm(), stats.laplace(scale=0.5**0.5)
 
 # Clip points of OCTAV by bits, over sigma, and over sigma / sqrt(2) for Laplace.
@@ -138,7 +138,7 @@ def test_the_empty_histogram_and_what_is_not_finite():
 @pytest.mark.parametrize("dist", [GAUSS, LAPLACE], ids=["gauss", "laplace"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_mse_is_within_three_thousandths_of_brute_force(dist, bits):
-    x = million(dist) if bits in (2, 4, 8) else million(dist)[::5]
+    x = million(dist) if bits in (2, 8) else million(dist)[::5]
     h, brute = of(x), BruteForce(x)
     for narrow in (False, True):
         low, high = codes(bits, narrow)
@@ -225,7 +225,7 @@ def test_octav_finds_the_published_fixed_points(dist, table):
     assert hi == pytest.approx(table[3], rel=0.005) and lo == 0
 
 
-@pytest.mark.parametrize("p", [0.0, 50, 95.36, 99.0, 99.9, 99.99, 99.999, 100])
+@pytest.mark.parametrize("p", [0, 50, 99, 99.99, 99.999, 100])
 def test_percentile_is_within_a_bin_of_numpy(p):
     for x in (million(GAUSS), np.maximum(million(LAPLACE), -0.2) + 0.1, np.float32([-3, -1, 0.5, 7])):
         h = of(x)
@@ -253,8 +253,7 @@ def divergences(bins: np.ndarray, levels: int) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("levels", [16, 128])
-@pytest.mark.parametrize("outliers", [True, False])
+@pytest.mark.parametrize("levels, outliers", [(32, True), (128, False)])
 def test_entropy_follows_tensorrt(levels, outliers):
     rng = np.random.default_rng(3)
     far = np.concatenate([million(GAUSS)[:200_000], rng.uniform(20, 40, 20)])
@@ -265,10 +264,7 @@ def test_entropy_follows_tensorrt(levels, outliers):
     expected = divergences(magnitudes, levels)[: int(np.ceil(top / step)) - levels + 1]
     lo, hi = map(float, clipping.entropy(h, levels))
     assert expected[round(max(-lo, hi) / step) - levels] <= expected.min() * 1.001 + 1e-6
-    if outliers:
-        assert hi < 0.25 * top and lo == -hi
-    elif levels == 128:
-        assert hi > 0.98 and lo < -0.98
+    assert lo == -hi and (hi < 0.25 * top if outliers else hi > 0.98)
 
 
 def test_ternary_weights_have_the_published_errors():

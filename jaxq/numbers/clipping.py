@@ -70,7 +70,7 @@ def sigmas(counts: jax.Array, k: float) -> Ends:
     """Keep what is within `k` standard deviations of the mean, zero included, and no more than there is."""
     middles, total = (EDGES[:-1] + EDGES[1:]) / 2, counts.sum()
     mean = (counts * middles).sum() / total
-    reach = np.float32(k) * jnp.sqrt((counts * (middles - mean) ** 2).sum() / total)
+    reach = jnp.float32(k) * jnp.sqrt((counts * (middles - mean) ** 2).sum() / total)
     return _within(counts, mean - reach, mean + reach)
 
 
@@ -78,6 +78,7 @@ def sigmas(counts: jax.Array, k: float) -> Ends:
 def mse(counts: jax.Array, low: int, high: int, symmetric: bool) -> Ends:
     """Minimise the squared error of integer codes `low..high`; return what the codes reach, `scale * (code - zero)`.
 
+    low, high: whole numbers, Python's or float32 arrays (one program for all bit widths); here and below.
     symmetric: the zero point is 0, so that `lo / low == hi / high`; otherwise it is an integer from `low` to `high`.
     """
 

@@ -76,8 +76,8 @@ def optimal(values, k: int, weights=None) -> np.ndarray:
 def k_means_quantize(data, n_clusters: int) -> tuple[jax.Array, jax.Array]:
     """Return `(quantized_data, centroids)`: every value replaced by the nearest of the best `n_clusters` values.
 
-    data: an array, a number or nested lists, of any shape. quantized_data: [*data.shape], centroids: [k] ascending, both
-    in data's floating dtype, float32 for integers and lists. k is at most `n_clusters`, and less where data has fewer
+    data: an array, a number or nested lists, of any shape. quantized_data: [*data.shape]; centroids: [k], ascending;
+    both in data's floating dtype, float32 for integers and lists. k is at most `n_clusters`, and less where data has fewer
     distinct values. The centroids are optimal (`optimal`), not those of a run from random starts; a value as near to
     two takes the lower. Raises `ValueError` for NaN, infinity and a bad `n_clusters`, `TypeError` for what are not real
     numbers. Han et al. 2016 (Deep Compression), section 3.
@@ -173,9 +173,9 @@ def _boundaries(x: np.ndarray, weights: np.ndarray, k: int, integers) -> np.ndar
 
 
 def _coarse(x: np.ndarray, weights: np.ndarray, count: int) -> Blocks:
-    """Return about `count` blocks of all boundaries, each of a fair share of the values and of what they would cost.
+    """Return about `count` blocks of all boundaries, spread half like the values and half like centroids.
 
-    Of a cost by `density^(1/3)`, the share that a cluster of an optimum has (Panter and Dite 1951): outliers get theirs.
+    Clusters of an optimum are spread like `density^(1/3)` (Panter and Dite 1951): blocks are finer where those are.
     """
     spread = np.cumsum(np.cbrt(np.diff(x) ** 2 * weights[1:]))
     share = spread / max(spread[-1], np.finfo(np.float64).tiny) + np.arange(1, len(x)) / len(x)
@@ -288,7 +288,8 @@ def _pairs(sums: Sums, layers: Sequence[Blocks], limit: float) -> list[np.ndarra
 def _decide(integers: tuple[np.ndarray, np.ndarray], pairs: Sequence[np.ndarray], n: int) -> np.ndarray:
     """Return the cheapest path by exact arithmetic: the one of the largest `sum_clusters (sum w x)^2 / sum w`."""
     weight, first = integers
-    worth, onward = {n: Fraction(0)}, []
+    worth = {n: Fraction(0)}
+    onward: list[dict[int, int]] = []
     for steps in reversed(pairs):
         best: dict[int, Fraction] = {}
         choice: dict[int, int] = {}

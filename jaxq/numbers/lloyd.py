@@ -126,9 +126,9 @@ def dkm(values: jax.Array, centroids: jax.Array, temperature, iterations: int) -
 
 
 def centroid_gradient(gradient: jax.Array, indices: jax.Array, k: int) -> jax.Array:
-    """Return a centroid's gradient, the sum of those of its values: `g_j = sum_{i in j} g_i`. [blocks, n] -> [blocks, k].
+    """Return the gradient of every centroid, `g_j = sum_{i in j} g_i`. [blocks, n] -> [blocks, k].
 
-    A sum, so that it grows with the cluster. Han et al. 2016 (Deep Compression), section 3.3.
+    A sum, not a mean, so that it grows with the cluster. Han et al. 2016 (Deep Compression), section 3.3.
     """
     total = functools.partial(jax.ops.segment_sum, num_segments=k)
     return jax.vmap(total)(_float32(gradient), indices.astype(jnp.int32))
@@ -210,7 +210,11 @@ def _running(x: jax.Array) -> Pair:
     inside, totals = _before((steps, jnp.zeros_like(steps)))
     outside, _ = _before(jax.tree.map(jnp.transpose, totals))
     high, low = _add(jax.tree.map(lambda x: jnp.transpose(x)[None], outside), inside)
-    return tuple(jnp.transpose(part, (1, 2, 0)).reshape(-1, width * width)[:, : n + 1] for part in (high, low))
+
+    def flat(part):
+        return jnp.transpose(part, (1, 2, 0)).reshape(-1, width * width)[:, : n + 1]
+
+    return flat(high), flat(low)
 
 
 def _between(running: Pair, ends: jax.Array) -> jax.Array:
@@ -219,6 +223,7 @@ def _between(running: Pair, ends: jax.Array) -> jax.Array:
     return (high[:, 1:] - high[:, :-1]) + (low[:, 1:] - low[:, :-1])
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
 def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, iterations: int) -> jax.Array:
     n = values.shape[-1]
     if n == 0:
@@ -250,6 +255,7 @@ def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, i
     return lax.while_loop(unfinished, advance, (jnp.int32(0), centroids + jnp.inf, centroids))[2]
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def _companding(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
     n = values.shape[-1]
     if n == 0:
@@ -266,6 +272,7 @@ def _companding(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Arr
     return jax.vmap(jnp.interp)(mass[:, -1:] * share[None, :], mass, points)
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def _plus_plus(key: jax.Array, points: jax.Array, weights: jax.Array, k: int) -> jax.Array:
     """Return k of the points: [n, d], weights [n] -> [k, d]."""
 
