@@ -26,8 +26,11 @@ def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:
     """Return the JSON text of a plan. Raises `TypeError` while its ranges are being traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ranges)):
         raise TypeError("a plan is written with the values of its ranges: call to_json() outside jit")
+    for decision, site in zip(decisions, ranges, strict=True):
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(site)):
+            raise ValueError(f"the range of site '{decision.site.name}' is not finite: calibrate on data without NaN")
     numbers = [[r and jax.tree.map(lambda a: np.asarray(a, np.float32).tolist(), r) for r in site] for site in ranges]
-    return json.dumps({"jaxq_plan": VERSION, "decisions": spec.encode(decisions), "ranges": numbers}, indent=1)
+    return json.dumps({"jaxq_plan": VERSION, "decisions": spec.encode(decisions), "ranges": numbers})
 
 
 def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:

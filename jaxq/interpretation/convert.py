@@ -24,7 +24,7 @@ from jaxq.numbers.qarray import Dropped, QArray, Stored, is_converted
 from jaxq.programs import jaxpr
 from jaxq.programs.sites import Located
 
-Captured = dict[str, tuple[Located, QArray]]
+Captured = dict[str, tuple[Located, QArray]]  # by site
 
 
 def convert(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def convert(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 
         _check_scales(captured)
         read = _still_read(program, leaves, captured)
         by_index = {i: (leaf, r) for leaf, i, r in zip(leaves, layout.weights, read, strict=True) if i is not None}
-        homes = {i: _store(i, leaf, r, captured) for i, (leaf, r) in by_index.items()}
+        homes = {i: _store(i, leaf, r, captured, program) for i, (leaf, r) in by_index.items()}
         new = [leaf if i is None else homes[i] for leaf, i in zip(leaves, layout.weights, strict=True)]
         new_args = layout.unflatten(new)[0]
         return new_args[argnums] if isinstance(argnums, int) else tuple(new_args[n] for n in argnums)
@@ -72,16 +72,12 @@ def _check_weights(layout: Layout, leaves: list) -> None:
 
 def _check_scales(captured: Captured) -> None:
     for name, (item, codes) in captured.items():
-        known = [x for x in (codes.scale, codes.outer, codes.table) if x is not None and not _is_traced(x)]
-        if not all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in known):
+        numbers = codes.table if codes.scale is None else codes.real_scale()
+        if not isinstance(numbers, jax.core.Tracer) and not bool(jnp.isfinite(numbers).all()):
             origins = ", ".join(item.site.weight.origins)
             raise ValueError(
                 f"the weight of site '{name}' (from {origins}) comes out as NaN or infinity; repair {origins}"
             )
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
 
 
 def _capture(program: Program, layout: Layout, leaves: list) -> Captured:
@@ -107,13 +103,14 @@ def _still_read(program: Program, leaves: list, captured: Captured) -> list[bool
     return jaxpr.prune(jaxpr.trace(run, *(shape_of(leaf) for leaf in leaves))[0])[1]
 
 
-def _store(index: int, leaf: Any, read: bool, captured: Captured) -> Any:
+def _store(index: int, leaf: Any, read: bool, captured: Captured, program: Program) -> Any:
     """Return what stands at a parameter leaf after conversion."""
     here = {name: pair for name, pair in captured.items() if pair[0].sources[0] == index}
     part_of = any(index in item.sources for item, _ in captured.values())
     if not here:
         return Dropped(leaf.shape, leaf.dtype) if part_of and not read else leaf
-    single = None if read else _one_array(leaf, list(here.values()))
+    quantizers = {program.execute.task(item).quantizers[item.weight] for item, _ in here.values()}
+    single = None if read or len(quantizers) > 1 else _one_array(leaf, list(here.values()))
     if single is not None:
         return single.packed(len(next(iter(here.values()))[0].site.stack))
     codes = {name: codes.packed(len(item.site.stack)) for name, (item, codes) in here.items()}

@@ -123,7 +123,7 @@ def _linear(op: Op, *operands) -> jax.Array:
 
 
 def _refuse_gradient(tangent: QArray) -> None:
-    moving = [leaf for leaf in (tangent.scale, tangent.table) if leaf is not None]
+    moving = [leaf for leaf in (tangent.scale, tangent.table, tangent.outer) if leaf is not None]
     if not all(isinstance(leaf, SymbolicZero) for leaf in moving):
         raise TypeError(
             "there is no gradient by a converted weight (a QArray): differentiate by the float leaves, for example "

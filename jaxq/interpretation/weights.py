@@ -80,6 +80,7 @@ def _check_weight(item: Located, codes: QArray | None, quantizer: Quantizer | No
             "use the plan that the parameters were converted with"
         )
     same = codes.format == quantizer.format and (codes.zero_point is None) == quantizer.symmetric
+    same = same and codes.scaling == quantizer.scaling
     if not same or codes.grid != expected_grid(item, quantizer):
         raise ValueError(
             f"the weight of site '{name}' was converted to {codes.format}, but the plan says {quantizer!r}; "

@@ -7,11 +7,10 @@ int32 sums and the scale of each output element; `acc * scale` is the only float
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxq.lowering.conv import integer_conv
+from jaxq.lowering.dequantize import dequantize
 from jaxq.lowering.dot import integer_dot
 from jaxq.lowering.embedding import lookup
 from jaxq.lowering.ragged import integer_ragged_dot
@@ -19,7 +18,6 @@ from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Conv, Dot, Embedding, Op, RaggedDot
 
 KERNELS: dict[type, Callable] = {Dot: integer_dot, Conv: integer_conv, RaggedDot: integer_ragged_dot}
-LARGEST = np.finfo(np.float32).max
 
 
 def run(op: Op, operands: Sequence[jax.Array | QArray], rest: Sequence[jax.Array]) -> jax.Array:
@@ -30,12 +28,6 @@ def run(op: Op, operands: Sequence[jax.Array | QArray], rest: Sequence[jax.Array
         return op.apply(*(_plain(operand) for operand in operands), *rest)
     acc, scale = KERNELS[type(op)](op, *operands, *rest)
     return lax.convert_element_type(dequantize(acc, scale), op.out_dtype)
-
-
-def dequantize(acc: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return `acc * scale` in float32; a product of two huge scales saturates, so that zero stays zero."""
-    saturated = lax.select(lax.eq(scale, np.float32(np.inf)), lax.full_like(scale, LARGEST), scale)
-    return lax.mul(lax.convert_element_type(acc, jnp.float32), saturated)
 
 
 def _plain(operand: jax.Array | QArray) -> jax.Array:

@@ -1,7 +1,7 @@
 """Depthwise convolution as shifted products: the fast form where every output channel sees one input channel.
 
-There is nothing to sum over but the taps of the window, so no matrix unit and no vector kernel of a convolution helps; a
-product for each tap and a sum fuse into one loop over the channels, which compilers vectorize. Exact, like every kernel.
+There is nothing to sum over but the taps of the window, so no matrix unit and no vector kernel of a convolution helps.
+A product for each tap and a sum fuse into one loop over the channels, which compilers vectorize. Exact, as all kernels.
 """
 
 import itertools

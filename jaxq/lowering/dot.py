@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.lowering.codes import signed
+from jaxq.lowering.dequantize import dequantize
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Dot
 
@@ -105,7 +106,7 @@ def _grouped(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array]:
     count = max(lhs.scale.shape[op.contract[0][which]], rhs.scale.shape[op.contract[1][which]])
     a, b = _split(lhs, op.contract[0][which], count), _split(rhs, op.contract[1][which], count)
     acc, scale = integer_dot(_with_group(op), a, b)
-    total = jnp.sum(acc.astype(jnp.float32) * scale, axis=0)
+    total = jnp.sum(dequantize(acc, scale), axis=0)
     return total, jnp.ones((1,) * total.ndim, jnp.float32)
 
 

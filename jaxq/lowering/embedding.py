@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.numbers import blocks, packing
-from jaxq.numbers.qarray import QArray
+from jaxq.numbers.qarray import QArray, as_type
 from jaxq.programs.ops import Embedding
 
 
@@ -17,7 +17,7 @@ def lookup(op: Embedding, table: jax.Array | QArray, indices: jax.Array) -> jax.
     codes, table = _codes(op, table, indices), table.plain()
     if table.zero_point is not None:
         codes = codes.astype(jnp.int32) - op.apply(_thin(op, table, table.zero_point), indices, fill_value=0)
-    return (codes.astype(jnp.float32) * op.apply(_thin(op, table, table.scale), indices)).astype(op.out_dtype)
+    return as_type(codes.astype(jnp.float32) * op.apply(_thin(op, table, table.scale), indices), op.out_dtype)
 
 
 def _codes(op: Embedding, table: QArray, indices: jax.Array) -> jax.Array:

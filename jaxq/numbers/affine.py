@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import blocks, clipping, histogram
+from jaxq.numbers import blocks, clipping, histogram, means
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.fits import MSE, MeanAbs
 from jaxq.numbers.formats import Fixed, Int
@@ -103,9 +103,10 @@ def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
         else:
             scale, zero = (lax.reshape(part, grid) for part in clipping.mse_affine(rows, low, high))
     elif isinstance(quantizer.fit, MeanAbs):
-        scale = clipping.mean_abs(rows)
+        scale = means.mean_abs(rows)
     else:
-        lo, hi = quantizer.fit.keep(quantizer, jax.vmap(histogram.of)(rows))
+        # A histogram for each block would be larger than the array: a few blocks at a time.
+        lo, hi = lax.map(lambda row: quantizer.fit.keep(quantizer, histogram.of(row)), rows, batch_size=16)
         kept = Range(lax.reshape(lo, grid), lax.reshape(hi, grid), r.count)
         return _guarded(r, affine_of(quantizer, kept))
     return _guarded(r, Affine(_power_of_two(quantizer, lax.max(lax.reshape(scale, grid), TINY)), zero))
@@ -122,6 +123,8 @@ def _power_of_two(quantizer: Quantizer, scale: jax.Array) -> jax.Array:
     """Return the scale, rounded up to a power of two if the quantizer wants that; exact, by its bits."""
     if not quantizer.power_of_two:
         return scale
+    # A range that ends at a code times a power of two has one for its scale, but for the rounding of a product.
+    scale = lax.mul(scale, np.float32(1 - 2.0**-21))
     bits = lax.bitcast_convert_type(scale, jnp.int32)
     floor = lax.bitcast_convert_type(lax.bitwise_and(bits, np.int32(0x7F800000)), jnp.float32)
     up = lax.select(lax.eq(floor, scale), floor, lax.mul(floor, np.float32(2)))

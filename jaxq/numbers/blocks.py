@@ -14,10 +14,15 @@ from jax import lax
 
 
 def grid_shape(shape: Sequence[int], shared: Sequence[int], group: int | None = None) -> tuple[int, ...]:
-    """Return the scale shape for `shape` with `shared` axes collapsed, the last of them in groups of `group`."""
+    """Return the scale shape for `shape` with `shared` axes collapsed, the last one named in groups of `group`.
+
+    Raises `ValueError` where groups do not divide that axis, and where there is none.
+    """
     out = [1 if axis in shared else n for axis, n in enumerate(shape)]
-    if group is not None and shared:
-        axis = max(shared)
+    if group is not None:
+        if not shared:
+            raise ValueError(f"groups of {group} need an axis to run along, and every axis of {tuple(shape)} is kept")
+        axis = tuple(shared)[-1]
         if group <= 0 or shape[axis] % group:
             raise ValueError(f"groups of {group} do not divide axis {axis} of shape {tuple(shape)}")
         out[axis] = max(1, shape[axis] // group)

@@ -127,12 +127,16 @@ class OverflowRate:
         if not 0 <= self.rate < 1:
             raise ValueError(f"an overflow rate is a fraction in [0, 1), got {self.rate!r}")
 
-    def update(self, old: Range, new: Range) -> Range:
-        """Return the range moved by at most one power of two."""
-        first = histogram.width(new.histogram) * jnp.float32(new.histogram.counts.shape[-1] // 2)
-        beyond, beyond_half = (_share_beyond(new.histogram, limit) for limit in (old.hi, 0.5 * old.hi))
+    def move(self, quantizer: Quantizer, old: Range, new: Range) -> Range:
+        """Return the range moved by at most one power of two; zeros alone move nothing.
+
+        The range ends at the largest code, `2^e (1 - 2^(1 - bits))`, so that the scale is a power of two as it is.
+        """
+        top = np.float32(1 - 2.0 ** (1 - quantizer.format.bits))
+        first = top * histogram.width(new.histogram) * jnp.float32(new.histogram.counts.shape[-1] // 2)
+        beyond, beyond_half = (_share_beyond(new.histogram, limit / top) for limit in (old.hi, 0.5 * old.hi))
         moved = jnp.where(beyond > self.rate, 2 * old.hi, jnp.where(beyond_half <= self.rate, 0.5 * old.hi, old.hi))
-        hi = jnp.where(new.count > 0, jnp.where(old.count > 0, moved, first), old.hi)
+        hi = jnp.where(new.hi > new.lo, jnp.where(old.hi > 0, moved, first), old.hi)
         hi = jnp.where(_is_finite(new), hi, jnp.float32(jnp.inf))
         return Range(-hi, hi, old.count + new.count, old.histogram)
 
@@ -145,6 +149,8 @@ def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
     calibrator = quantizer.calibrator
     if isinstance(calibrator, Keeping):
         return _accumulated(calibrator, quantizer, old, new)
+    if isinstance(calibrator, OverflowRate):
+        return calibrator.move(quantizer, old, new)
     return calibrator.update(old, new)
 
 
@@ -203,9 +209,10 @@ def _is_finite(r: Range) -> jax.Array:
 
 
 def _share_beyond(h: Histogram, limit: jax.Array) -> jax.Array:
-    """Return the share of values at or beyond +-limit, a power of two; of shape [*stack]."""
+    """Return the share of values beyond +-limit, a power of two; of shape [*stack]."""
     bins = h.counts.shape[-1]
     number = jnp.arange(bins, dtype=jnp.float32) - jnp.float32(bins // 2)
     distance = jnp.where(number < 0, -number - 1, number)  # of a bin's inner edge from zero, in widths
-    outside = distance * histogram.width(h)[..., None] >= limit[..., None]
+    # The limit is a power of two but for rounding, so a bin either begins at it or is far from it.
+    outside = distance * histogram.width(h)[..., None] >= 0.99999 * limit[..., None]
     return jnp.sum(h.counts * outside, -1) / jnp.maximum(jnp.sum(h.counts, -1), 1)

@@ -77,10 +77,10 @@ def k_means_quantize(data, n_clusters: int) -> tuple[jax.Array, jax.Array]:
     """Return `(quantized_data, centroids)`: every value replaced by the nearest of the best `n_clusters` values.
 
     data: an array, a number or nested lists, of any shape. quantized_data: [*data.shape]; centroids: [k], ascending;
-    both in data's floating dtype, float32 for integers and lists. k is at most `n_clusters`, and less where data has fewer
-    distinct values. The centroids are optimal (`optimal`), not those of a run from random starts; a value as near to
-    two takes the lower. Raises `ValueError` for NaN, infinity and a bad `n_clusters`, `TypeError` for what are not real
-    numbers. Han et al. 2016 (Deep Compression), section 3.
+    both in data's floating dtype, float32 for integers and lists. k is `n_clusters`, or the number of distinct values
+    where that is less. The centroids are the best there are (`optimal`); a value as near to two takes the lower.
+    Raises `ValueError` for NaN, infinity and a bad `n_clusters`, `TypeError` for what are not real numbers. Han et al.
+    2016 (Deep Compression), section 3.
 
     >>> import jaxq
     >>> quantized, centroids = jaxq.k_means_quantize([1, 3, 5, 7, 9], 2)
@@ -179,8 +179,7 @@ def _coarse(x: np.ndarray, weights: np.ndarray, count: int) -> Blocks:
     """
     spread = np.cumsum(np.cbrt(np.diff(x) ** 2 * weights[1:]))
     share = spread / max(spread[-1], np.finfo(np.float64).tiny) + np.arange(1, len(x)) / len(x)
-    edges = np.searchsorted(share, np.linspace(share[0], share[-1], count)) + 1
-    edges = np.unique(np.append(edges, len(x)))
+    edges = np.unique(np.append(np.searchsorted(share, np.linspace(share[0], share[-1], count)) + 1, len(x)))
     return Blocks(edges[:-1], edges[1:] - 1)
 
 
@@ -293,11 +292,9 @@ def _decide(integers: tuple[np.ndarray, np.ndarray], pairs: Sequence[np.ndarray]
     for steps in reversed(pairs):
         best: dict[int, Fraction] = {}
         choice: dict[int, int] = {}
-        for start, stop in steps.tolist():
-            if stop in worth:
-                s, w = int(first[stop] - first[start]), int(weight[stop] - weight[start])
-                total = Fraction(s * s, w) + worth[stop]
-                if start not in best or total > best[start]:
-                    best[start], choice[start] = total, stop
+        for start, stop in (pair for pair in steps.tolist() if pair[1] in worth):
+            total = Fraction(int(first[stop] - first[start]) ** 2, int(weight[stop] - weight[start])) + worth[stop]
+            if start not in best or total > best[start]:
+                best[start], choice[start] = total, stop
         worth, onward = best, [choice, *onward]
     return np.array(list(itertools.accumulate(onward, lambda at, choice: choice[at], initial=0)))

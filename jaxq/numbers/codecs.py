@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import affine, blocks, clipping, floats, histogram, lloyd, microscaling
+from jaxq.numbers import affine, blocks, floats, histogram, lloyd, means, microscaling
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Int, Levels, Ternary
@@ -70,24 +70,25 @@ def _beyond(x: jax.Array, end: jax.Array, sign: int) -> jax.Array:
 
 def _affine(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None) -> Affine:
     if isinstance(quantizer.format, Fixed):
-        return Affine(_nan_if_nan(x, grid, jnp.full(grid, quantizer.format.scale, jnp.float32)), None)
+        return Affine(_constant(x, grid, quantizer.format.scale), None)
     return affine.affine_for(quantizer, x, grid) if r is None else affine.affine_of(quantizer, r)
 
 
 def _integers(form: Int | Fixed, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
     if isinstance(quantizer.scaling, Microscale):
         # The largest code is one step short of two: the exponent of the range is that of the second highest bit.
-        power = _floor_power(_width(x, grid, r), form.bits - 2)
+        power = lax.max(_floor_power(_width(x, grid, r), form.bits - 2), affine.TINY)
         codes = affine.encode(quantizer, x, Affine(power, None))
         return QArray(codes, microscaling.to_e8m0(power), None, form, x.dtype)
     fitted = _affine(quantizer, x, grid, r)
     return QArray(affine.encode(quantizer, x, fitted), fitted.scale, fitted.zero_point, form, x.dtype)
 
 
-def _nan_if_nan(x: jax.Array, grid: Sequence[int], scale: jax.Array) -> jax.Array:
-    """Return a constant scale, NaN where a block holds NaN: codes cannot show it. Infinity saturates."""
-    bad = blocks.collapse(lax.convert_element_type(lax.ne(x, x), jnp.float32), grid, lax.reduce_max)
-    return lax.select(lax.gt(bad, np.float32(0)), lax.full_like(scale, np.nan), scale)
+def _constant(x: jax.Array, grid: Sequence[int], scale: float) -> jax.Array:
+    """Return a constant scale, NaN where a block holds NaN or infinity: codes do not show it."""
+    bad = lax.convert_element_type(lax.bitwise_not(lax.is_finite(x)), jnp.float32)
+    bad = blocks.collapse(bad, grid, lax.reduce_max)
+    return lax.select(lax.gt(bad, np.float32(0)), lax.full_like(bad, np.nan), lax.full_like(bad, scale))
 
 
 # --- signs ------------------------------------------------------------------------------------------------------------
@@ -108,10 +109,8 @@ def _ternary(form: Ternary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: R
     limit = jnp.broadcast_to(blocks.spread(lax.mul(mean, np.float32(form.threshold)), x.shape), x.shape)
     large = lax.gt(size, limit)
     codes = lax.select(large, lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1)), _ones(x, 0))
-    total = _sum(lax.select(large, size, lax.full_like(size, 0)), grid)
-    count = _sum(lax.convert_element_type(large, jnp.float32), grid)
-    scale = lax.select(lax.gt(count, np.float32(0)), lax.div(total, lax.max(count, np.float32(1))), mean)
-    return QArray(codes, scale, None, form, x.dtype)
+    of_large = lax.reshape(means.mean_abs(blocks.to_rows(size, grid), blocks.to_rows(large, grid)), grid)
+    return QArray(codes, lax.select(lax.eq(of_large, np.float32(0)), mean, of_large), None, form, x.dtype)
 
 
 def _ones(x: jax.Array, value: int) -> jax.Array:
@@ -121,13 +120,8 @@ def _ones(x: jax.Array, value: int) -> jax.Array:
 def _mean_abs(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """Return the mean absolute value of every block; one where that is zero, NaN where it is not finite."""
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    mean = lax.reshape(clipping.mean_abs(rows) if x.size else jnp.zeros(rows.shape[0], jnp.float32), grid)
-    mean = lax.select(lax.eq(mean, np.float32(0)), lax.full_like(mean, 1), mean)
-    return lax.select(lax.eq(mean, np.float32(np.inf)), lax.full_like(mean, np.nan), mean)
-
-
-def _sum(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    return blocks.collapse(x, grid, lax.reduce_sum)
+    mean = lax.reshape(means.mean_abs(rows), grid)
+    return lax.select(lax.eq(mean, np.float32(0)), lax.full_like(mean, 1), mean)
 
 
 # --- floating point and tables of levels ------------------------------------------------------------------------------
@@ -136,7 +130,7 @@ def _sum(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
 def _floats(form: Float, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
     """Numbers of few bits: 16 bits as they are; fewer scaled so that the range's end is the largest number."""
     if form.bits == 16:
-        return QArray(floats.encode(form, x), jnp.ones((1,) * x.ndim, jnp.float32), None, form, x.dtype)
+        return QArray(floats.encode(form, x), _constant(x, (1,) * x.ndim, 1.0), None, form, x.dtype)
     return _scaled(quantizer, x, grid, r, form.largest, lambda v: floats.encode(form, v))
 
 
@@ -176,8 +170,7 @@ def _floor_power(width: jax.Array, emax: int) -> jax.Array:
 
 def _nested(width: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
     """Return NVFP4's scales: `e4m3(width / largest / t)` of a block and `t = max width / (448 largest)`."""
-    flat, tensor = microscaling.nvfp4_scales(lax.reshape(width, (width.size,)), 1)
-    del largest
+    flat, tensor = microscaling.nvfp4_scales(lax.reshape(width, (width.size,)), 1, largest)
     return lax.reshape(flat, width.shape), lax.reshape(tensor, (1,) * width.ndim)
 
 
@@ -188,7 +181,7 @@ def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r:
     """The nearest of k centroids that are fitted to every block, or to the histogram of a static range (k-means)."""
     size = form.size
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    table = lloyd.fit(rows, size) if r is None else _table_of(r, size)
+    table = _fitted_table(rows, size) if r is None else _table_of(r, size)
     width = lax.reshape(_width(x, grid, r), (rows.shape[0], 1))
     table = lax.select(
         jnp.broadcast_to(lax.lt(width, np.float32(np.inf)), table.shape), table, lax.full_like(table, np.nan)
@@ -198,6 +191,16 @@ def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r:
     return QArray(codes, None, None, form, x.dtype, table=table)
 
 
+def _fitted_table(rows: jax.Array, size: int) -> jax.Array:
+    """Return the centroids of every row, found near one: squares of huge numbers overflow, of tiny ones vanish."""
+    if 0 in rows.shape:
+        return jnp.zeros((rows.shape[0], size), jnp.float32)
+    finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
+    power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
+    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size)
+    return lax.mul(table, jnp.broadcast_to(power, table.shape))
+
+
 def _table_of(r: Range, size: int) -> jax.Array:
     """Return the centroids of the values that a static range has seen: [1, size]."""
     assert r.histogram is not None, "a static codebook comes with a histogram"
@@ -205,7 +208,8 @@ def _table_of(r: Range, size: int) -> jax.Array:
     bins = counts.shape[1]
     middle = lax.broadcasted_iota(jnp.float32, counts.shape, 1) - np.float32((bins - 1) / 2)
     width = lax.reshape(histogram.width(r.histogram), (1, 1))
-    return lloyd.fit(lax.mul(middle, jnp.broadcast_to(width, middle.shape)), size, counts)
+    table = lloyd.fit(middle, size, counts)
+    return lax.mul(table, jnp.broadcast_to(width, table.shape))
 
 
 ENCODERS: dict[type, Callable[..., QArray]] = {

@@ -31,6 +31,7 @@ class Percentile:
     histogram = True
 
     def __post_init__(self):
+        object.__setattr__(self, "percent", float(self.percent))
         if not 0 < self.percent <= 100:
             raise ValueError(f"a percentile keeps a part in (0, 100], got {self.percent!r}")
 
@@ -86,7 +87,7 @@ class Octav:
 
     def keep(self, quantizer: Quantizer, h: Histogram) -> tuple[jax.Array, jax.Array]:
         """Return the range kept of a histogram."""
-        return clipping.octav(h, quantizer.format.bits, quantizer.format.signed)
+        return clipping.octav(h, quantizer.format.bits, quantizer.format.signed or not quantizer.symmetric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,14 @@ class Sigmas:
 
     >>> import jaxq
     >>> jaxq.sigmas(3)
-    Sigmas(k=3)
+    Sigmas(k=3.0)
     """
 
     k: float = 3.0
     histogram = True
 
     def __post_init__(self):
+        object.__setattr__(self, "k", float(self.k))
         if not self.k > 0:
             raise ValueError(f"a range is a positive number of standard deviations wide, got {self.k!r}")
 

@@ -155,6 +155,11 @@ class Ternary:
     """
 
     threshold: float = 0.7
+
+    def __post_init__(self):
+        if not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"a threshold is a number of mean absolute values, at least 0, got {self.threshold!r}")
+
     bits = 2
     signed = True
     integer = True

@@ -143,7 +143,7 @@ def mxint8_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
     return lax.convert_element_type(lax.clamp(np.float32(-127), steps, np.float32(127)), jnp.int8)
 
 
-def nvfp4_scales(x: jax.Array, block: int = 16) -> tuple[jax.Array, jax.Array]:
+def nvfp4_scales(x: jax.Array, block: int = 16, largest: float = E2M1.largest) -> tuple[jax.Array, jax.Array]:
     """Return NVFP4's block scales `e4m3(max|block| / (6 t))` and tensor scale `t = max|x| / (448 * 6)`.
 
     x: [..., n]; block scales: [..., n / block] E4M3 codes, at least its smallest number 2^-9, so that no element is
@@ -157,9 +157,9 @@ def nvfp4_scales(x: jax.Array, block: int = 16) -> tuple[jax.Array, jax.Array]:
     """
     bits = _largest_bits(x, _grid(x, block))
     whole = _finite_or_nan(blocks.collapse(bits, (1,) * x.ndim, lax.reduce_max))
-    tensor = lax.max(lax.mul(whole, np.float32(1 / (E4M3.largest * E2M1.largest))), _SMALLEST_TENSOR_SCALE)
+    tensor = lax.max(lax.mul(whole, np.float32(1 / (E4M3.largest * largest))), _SMALLEST_TENSOR_SCALE)
     tensor = jnp.where(whole == 0, np.float32(1), tensor)
-    inverse = lax.div(np.float32(1), lax.mul(tensor, np.float32(E2M1.largest)))
+    inverse = lax.div(np.float32(1), lax.mul(tensor, np.float32(largest)))
     ratio = lax.mul(_finite_or_nan(bits), inverse)
     return encode(E4M3, lax.max(ratio, np.float32(2.0**-9))), tensor
 

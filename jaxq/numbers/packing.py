@@ -1,7 +1,7 @@
 """Codes of 4, 2 and 1 bits as bytes: two, four or eight of them in each.
 
 The layout is planar: along the packed axis of length n, byte j holds codes j, j + m, j + 2m, ... from its lowest bits
-up, where m = ceil(n / codes per byte). So unpacking is a shift for each plane and one concatenation, with no interleaving,
+up, where m = ceil(n / codes per byte). So unpacking is a shift for each plane and one concatenation, not interleaved,
 which every backend does at the speed of memory. Codes that do not fill the last bytes are padded with zero bits.
 """
 

@@ -20,6 +20,7 @@ from jax import lax
 from jaxq.numbers import blocks, floats, microscaling, packing, spec
 from jaxq.numbers.floats import Float
 from jaxq.numbers.formats import Codebook, Format, Levels
+from jaxq.numbers.scaling import Microscale, Nested, Scaling
 
 
 def held_bytes(tree: Any) -> int:
@@ -79,6 +80,13 @@ class QArray:
         return self.table.shape[:-1] if self.scale is None else self.scale.shape
 
     @property
+    def scaling(self) -> Scaling | None:
+        """How the scales are stored."""
+        if self.outer is not None:
+            return Nested()
+        return Microscale() if self.scale is not None and self.scale.dtype == jnp.uint8 else None
+
+    @property
     def ndim(self) -> int:
         return len(self.stored.shape)
 
@@ -120,9 +128,7 @@ class QArray:
         values = self._values()
         if self.scale is not None:
             values = lax.mul(values, blocks.spread(self.real_scale(), self.shape))
-        # The outermost code may lie beyond the largest number, by up to a step: what is finite decodes to what is.
-        largest = np.float32(min(float(jnp.finfo(dtype or self.dtype).max), float(np.finfo(np.float32).max)))
-        return lax.convert_element_type(lax.clamp(-largest, values, largest), dtype or self.dtype)
+        return as_type(values, dtype or self.dtype)
 
     def _values(self) -> jax.Array:
         """Return what the codes stand for before the scale: float32."""
@@ -158,6 +164,12 @@ class QArray:
     def __repr__(self) -> str:
         name = "table" if self.scale is None else "scale"
         return f"QArray({self.format}{list(self.shape)}, {name} {list(self.grid)}, for {np.dtype(self.dtype)})"
+
+
+def as_type(values: jax.Array, dtype: Any) -> jax.Array:
+    """Return decoded values in `dtype`, saturated: the outermost code may lie a step beyond its largest number."""
+    largest = np.float32(min(float(jnp.finfo(dtype).max), float(np.finfo(np.float32).max)))
+    return lax.convert_element_type(lax.clamp(-largest, values, largest), dtype)
 
 
 @jax.tree_util.register_dataclass

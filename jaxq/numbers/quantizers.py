@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
 from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
-from jaxq.numbers.formats import Binary, Codebook, Fixed, Format, Int, Integers, Ternary
+from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary
 from jaxq.numbers.qarray import QArray
-from jaxq.numbers.scaling import Microscale, Nested, Scaling
+from jaxq.numbers.scaling import Microscale, Scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Quantizer:
             raise ValueError("a calibrated (static) range is per tensor: add per_tensor=True, or drop calibrator=")
         self._check_format()
         self._check_calibrator()
+        self._check_scaling()
 
     def _check_format(self) -> None:
         """Raise for options that a format has no use for."""
@@ -75,8 +76,23 @@ class Quantizer:
             raise ValueError("a range is fitted to the array (fit=) or calibrated (calibrator=), not both")
         if integer and self.symmetric and form.bits == 1 and form.signed:
             raise ValueError("one signed bit has no symmetric codes in two's complement: use jaxq.binary()")
-        if isinstance(self.scaling, (Microscale, Nested)) and self.group is None:
+        if self.group is not None and (isinstance(form, Fixed) or (isinstance(form, Float) and form.bits > 8)):
+            raise ValueError(f"{form} has no scales, so no groups of them: drop group=")
+
+    def _check_scaling(self) -> None:
+        """Raise for stored scales that a format cannot have."""
+        if self.scaling is None:
+            return
+        small = isinstance(self.format, (Levels, Float)) and self.format.bits <= 8
+        shared = isinstance(self.scaling, Microscale) and isinstance(self.format, Int) and self.format.signed
+        if not small and not shared:
+            raise ValueError(f"scales {self.scaling} go with small floats and levels, not with {self.format}")
+        if self.group is None:
             raise ValueError("stored block scales need blocks: add group=32 (MX) or group=16 (NVFP4)")
+        if self.fit is not None or self.power_of_two or not self.symmetric:
+            raise ValueError(
+                f"scales {self.scaling} follow a rule of their own: drop fit=, power_of_two= and symmetric="
+            )
 
     def _check_calibrator(self) -> None:
         """Raise for a calibrator that a format has no use for."""
@@ -84,6 +100,8 @@ class Quantizer:
             raise ValueError(f"{self.format} takes no range from data: drop calibrator=")
         if isinstance(self.calibrator, (MSE, Entropy, Octav, OverflowRate)) and not isinstance(self.format, Int):
             raise ValueError(f"{self.calibrator!r} calibrates integers; use jaxq.minmax() for {self.format}")
+        if isinstance(self.fit or self.calibrator, Entropy) and self.format.bits > 8:
+            raise ValueError(f"entropy() tells up to 8 bits apart, {self.format} has more: use jaxq.mse()")
         if isinstance(self.calibrator, OverflowRate) and not (self.power_of_two and self.symmetric):
             raise ValueError("overflow_rate() moves powers of two: use jaxq.dynamic_fixed(bits, calibrator=...)")
         if isinstance(self.format, Codebook) and self.static and not isinstance(self.calibrator, MinMax):
@@ -125,12 +143,12 @@ class Quantizer:
     ) -> QArray:
         """Quantize an array by its own range: one scale per index of every axis outside `contracted`.
 
-        The default contracts all axes but the last, as for a kernel `[inputs, outputs]`. Codes of 4, 2 and 1 bits come
-        packed. key: round stochastically instead of to nearest. Raises `ValueError` for NaN or infinity where the
-        values are known, and `TypeError` for an array that is not floating point.
+        The default contracts all axes but the last, as for a kernel `[inputs, outputs]`, and the only axis of a vector.
+        Codes of 4, 2 and 1 bits come packed. key: round stochastically instead of to nearest. Raises `ValueError` for
+        NaN or infinity where the values are known, and `TypeError` for an array that is not floating point.
         """
         x = as_float(x)
-        axes = range(x.ndim - 1) if contracted is None else [axis % x.ndim for axis in contracted]
+        axes = range(max(1, x.ndim - 1)) if contracted is None else [axis % x.ndim for axis in contracted]
         grid = self.grid(x.shape, tuple(axes))
         q = codecs.encode(self, x, grid) if key is None else codecs.encode_stochastically(self, x, grid, key)
         return q.packed()

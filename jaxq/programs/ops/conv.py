@@ -48,9 +48,10 @@ class Conv:
 
     @property
     def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """All axes but the batch of the images and the output features of the kernel."""
-        lhs = tuple(sorted(self.lhs_spec[1:]))
-        return lhs, tuple(sorted(self.rhs_spec[1:]))
+        """All axes but the batch of the images and the output features of the kernel; input features, as last ones,
+        are what groups run along."""
+        (_, image, *area), (_, kernel, *window) = self.lhs_spec, self.rhs_spec
+        return (*sorted(area), image), (*sorted(window), kernel)
 
     def terms(self, shapes) -> int:
         """Return how many products are summed into one output element."""
