@@ -115,15 +115,17 @@ FITTED = {
     "mean abs": jaxq.int2(fit=jaxq.mean_abs()),
 }
 CATALOG = {**PLAIN, **SUMS, **GROUPED, **FITTED}
+SLOW = {*FITTED, "kmeans 2", "kmeans 256", "kmeans group"}
+# What runs the operations of another one, on another number or table.
+TWINS = {"kmeans 2", "kmeans 256", "entropy", "octav", "sigmas"}
 NO_ZERO = {"binary", "binary group", "kmeans 2", "kmeans 16", "kmeans 256", "kmeans group"}
 
 # Of no axes, of none of a size, of odd sizes, of every type.
 ARRAYS = {
     "scalar": ((), jnp.float32),
     "no rows": ((0, 6), jnp.bfloat16),
-    "no columns": ((5, 0), jnp.float32),
+    "no columns": ((5, 0), jnp.float16),
     "odd": ((7,), jnp.float16),
-    "vector": ((6,), jnp.float16),
     "stack": ((2, 3, 6), jnp.bfloat16),
     "matrix": ((4, 6), jnp.float32),
 }
@@ -154,16 +156,22 @@ def contracted(x):
     return (x.ndim - 1,) if x.ndim else ()
 
 
+def kinds(name):
+    """Return the kinds of arrays that a quantizer takes: groups need an axis. Fits take long to compile."""
+    if "group" in name or name in GROUPED:
+        return ("no rows", "no columns", "matrix") if name in SLOW else ("no rows", "no columns", "stack", "matrix")
+    return ("scalar", "no rows", "matrix") if name in SLOW else tuple(ARRAYS)
+
+
 @functools.cache
 def compiled(name):
-    """Return what quantizes and decodes an array of every kind, in one program; groups divide the others by 6."""
-    groups = "group" in name or name in GROUPED
+    """Return what quantizes and decodes an array of every kind, in one program."""
 
     def one(x):
         q = CATALOG[name](x, contracted(x))
         return q, q.decode()
 
-    return jax.jit(lambda xs: {kind: one(x) for kind, x in xs.items() if not (groups and kind in ("scalar", "odd"))})
+    return jax.jit(lambda xs: {kind: one(xs[kind]) for kind in kinds(name)})
 
 
 def check(name, x, q, decoded):
@@ -184,7 +192,7 @@ def check(name, x, q, decoded):
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_kind_of_array(name):
-    @quick(max_examples=30)
+    @quick(max_examples=2 if name in SLOW else 8)
     @given(st.sampled_from(list(PATTERNS)), st.sampled_from(list(SIZES)), st.integers(0, 9))
     @example("normal", "one", 0)
     @example("constant", "huge", 0)
@@ -206,7 +214,7 @@ def test_the_largest_numbers_stay_finite(name):
             check(name, xs[kind], *found)
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", [name for name in CATALOG if name not in TWINS])
 def test_eagerly_as_compiled(name):
     """Bit for bit."""
     for pattern, size in (
@@ -462,7 +470,7 @@ def test_nf4_is_the_nearest_level(group):
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_mse_fit_is_the_best_of_a_scan(bits, narrow):
     """Never worse than the range of all values, and within 0.3 % of the best of 6000 scales, on small rows."""
     rng = np.random.default_rng(bits)
@@ -503,13 +511,13 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4, 16])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("data", DATA)
 def test_codebooks_are_as_good_as_scikit_learn(data, size):
     """Every value is its nearest centroid, and the error at most 2 % above the best of ten runs of k-means."""
     cluster = pytest.importorskip("sklearn.cluster")
     x = DATA[data](np.random.default_rng(size)).astype(np.float32)
-    q = jaxq.kmeans(size)(jnp.asarray(x))
+    q = jax.jit(jaxq.kmeans(size))(jnp.asarray(x))
     table = as_64(q.table).ravel()
     assert q.table.shape == (1, size) and (np.diff(table) >= 0).all()
     gap = np.abs(as_64(x)[:, None] - table)
@@ -528,9 +536,9 @@ def test_few_distinct_values_are_their_own_codebook(size):
     rng = np.random.default_rng(size)
     values = rng.standard_normal(size).astype(np.float32)
     x = jnp.asarray(rng.permutation(np.concatenate([values, rng.choice(values, 1000)])))
-    np.testing.assert_array_equal(jaxq.kmeans(size)(x).decode(), x)
-    part = jnp.asarray(rng.choice(values[: size // 2], 1000))
-    np.testing.assert_array_equal(jaxq.kmeans(size)(part).decode(), part)
+    there_and_back = jax.jit(lambda x: jaxq.kmeans(size)(x).decode())
+    for array in (x, jnp.asarray(rng.choice(values[: size // 2], x.size))):
+        np.testing.assert_array_equal(there_and_back(array), array)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
@@ -549,36 +557,41 @@ PACKED = {
     "kmeans 4": jaxq.Codebook(4),
     "mxfp4": E2M1,
 }
-CODES = {"binary": [-1, 1], "ternary": [-1, 0, 1], "nf4": range(16), "kmeans 16": range(16), "kmeans 4": range(4)}
+TWOS_COMPLEMENT = {"int4", "int2", "int1", "ternary"}
+
+
+def codes_of(name):
+    """Return what the bit patterns of a code stand for, in their order: a sign, two's complement or an index."""
+    bits = np.arange(2 ** PACKED[name].bits)
+    if name == "binary":
+        return 2 * bits - 1
+    return np.where(bits >= len(bits) // 2, bits - len(bits), bits) if name in TWOS_COMPLEMENT else bits
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packing_is_a_bijection(name):
-    """Every byte is some codes, all of the format, which pack to that byte; every code comes back, along any axis."""
-    form = PACKED[name]
+    """Every byte is the codes of its bits, which pack to that byte; every code comes back, along any axis."""
+    form, codes, shape = PACKED[name], codes_of(name), (5, 7, 9)
     per_byte = 8 // form.bits
-    codes = np.asarray(CODES.get(name) or range(16) if name == "mxfp4" or name in CODES else codes_of(form))
-    every = jnp.arange(256, dtype=jnp.uint8)
-    unpacked = packing.unpack(every, form, 0, 256 * per_byte)
-    assert unpacked.dtype == form.storage
-    np.testing.assert_array_equal(packing.pack(unpacked, form, 0), every)
-    assert set(np.unique(unpacked).tolist()) - {-2} == set(codes.tolist()) - {-2}
-    # A byte's codes are different from those of any other.
-    assert len(np.unique(np.asarray(unpacked).reshape(per_byte, 256), axis=1).T) == 256
+    every = np.arange(256)
+    want = [codes[every >> plane * form.bits & len(codes) - 1] for plane in range(per_byte)]
 
-    rng = np.random.default_rng(0)
-    for axis in (0, 1, 2, -1):
-        shape = (5, 7, 9)
-        x = jnp.asarray(rng.choice(codes, shape), form.storage)
-        stored = packing.pack(x, form, axis)
-        want = tuple(-(-n // per_byte) if a == axis % 3 else n for a, n in enumerate(shape))
-        assert stored.shape == want and stored.dtype == jnp.uint8
-        np.testing.assert_array_equal(packing.unpack(stored, form, axis, shape[axis]), x)
+    @jax.jit
+    def run(every, x):
+        unpacked = packing.unpack(every, form, 0, 256 * per_byte)
+        stored = [packing.pack(x, form, axis) for axis in (0, 1, -1)]
+        back = [packing.unpack(part, form, axis, shape[axis]) for part, axis in zip(stored, (0, 1, -1), strict=True)]
+        return unpacked, packing.pack(unpacked, form, 0), stored, back
 
-
-def codes_of(form):
-    low, high = oracle.bounds(form.bits, signed=form.signed, symmetric=False)
-    return range(low, high + 1)
+    x = np.random.default_rng(0).choice(codes, shape).astype(form.storage)
+    unpacked, packed, stored, back = run(jnp.asarray(every, jnp.uint8), jnp.asarray(x))
+    assert unpacked.dtype == form.storage and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(unpacked, np.concatenate(want))
+    np.testing.assert_array_equal(packed, every)
+    sizes = [-(-n // per_byte) for n in shape]
+    assert [part.shape for part in stored] == [(sizes[0], 7, 9), (5, sizes[1], 9), (5, 7, sizes[2])]
+    for part in back:
+        np.testing.assert_array_equal(part, x)
 
 
 BYTES = {
@@ -605,21 +618,24 @@ BYTES = {
 @pytest.mark.parametrize("name", BYTES)
 def test_sizes_are_those_of_the_theory(name):
     quantizer, want = BYTES[name]
-    q = quantizer(jnp.asarray(normal(0, 256, 256)))
-    assert q.nbytes == want == sum(leaf.nbytes for leaf in jax.tree.leaves(q))
-    assert q.shape == (256, 256) and (name != "kmeans 16" or want <= 256 * 256 * 4 / 7.8)
+    x = jnp.asarray(normal(0, 256, 256))
+    q = jax.eval_shape(quantizer, x)
+    assert q.shape == (256, 256) and q.nbytes == want
+    assert want == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(q))
+    if name in ("int4", "kmeans 16"):
+        real = quantizer(x)
+        assert real.nbytes == want == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
+    assert name != "kmeans 16" or want <= 256 * 256 * 4 / 7.8
 
 
 STACKED = {
     "int4": jaxq.int4(),
-    "int4 asymmetric": jaxq.int4(symmetric=False),
-    "int2": jaxq.int2(),
+    "int2 asymmetric": jaxq.int2(symmetric=False),
     "uint1": jaxq.Quantizer(jaxq.Int(1, signed=False), symmetric=False),
     "binary": jaxq.binary(),
     "ternary group": jaxq.ternary(group=2),
     "nf4": jaxq.nf4(2),
     "kmeans 16": jaxq.kmeans(16, per_tensor=False),
-    "kmeans group": jaxq.kmeans(4, group=2),
     "mxfp4": jaxq.mxfp4(2),
     "fixed": jaxq.fixed(4, 2),
 }
@@ -629,7 +645,7 @@ STACKED = {
 def test_packed_arrays_pass_through_programs(name):
     """Transposed, compiled, scanned, mapped, exported and read again: the same numbers."""
     q = STACKED[name](jnp.asarray(normal(1, 3, 4, 6)), (1,))
-    want, orders = np.asarray(q.decode()), list(itertools.permutations(range(3)))
+    want, orders = np.asarray(q.decode()), [(2, 0, 1), (0, 2, 1)]
     assert q.packing is not None and q.stored.dtype == jnp.uint8 and q.stored.size < 72
 
     @jax.jit
@@ -719,7 +735,7 @@ OTHERS = {
 
 @functools.cache
 def gaussian():
-    return jnp.asarray(normal(11, 2**10, 2**11))
+    return jnp.asarray(normal(11, 2**10, 2**10))
 
 
 def sqnr(quantizer):

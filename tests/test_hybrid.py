@@ -74,7 +74,7 @@ CALIBRATORS = {
 }
 STATIC = {name: jaxq.int8(per_tensor=True, calibrator=rule) for name, rule in CALIBRATORS.items()} | {
     "ema": jaxq.int8(per_tensor=True, calibrator=jaxq.ema(0.75)),
-    "uint8": jaxq.uint8(per_tensor=True, calibrator=jaxq.mse()),
+    "uint8": jaxq.uint8(per_tensor=True, calibrator=jaxq.minmax()),
     "int4": jaxq.int4(per_tensor=True, calibrator=jaxq.mse()),
     "kmeans": jaxq.kmeans(16, calibrator=jaxq.minmax()),
     "float8": jaxq.float8(per_tensor=True, calibrator=jaxq.minmax()),
@@ -168,11 +168,12 @@ IMAGES = normal(98, 2, 5, 5, 8)
 IDS = jnp.asarray([[0, 3, 8], [7, 1, 2]], jnp.int32)
 STEM = {"stem": normal(97, WIDTH, WIDTH, scale=0.15)}
 ONLY = ("int8", "int4_group", "uint8", "binary", "b158", "fixed4", "nf4", "mxfp4")
-CONV = ("int8", "int4", "uint8", "binary", "fixed8", "kmeans", "float8")
-TABLES = ("int8", "int4", "int2", "uint8", "binary", "fixed8", "kmeans", "nf4")
+CONV = ("int8", "int4", "uint8", "binary", "fixed8", "float8")
+TABLES = ("int4", "int2", "uint8", "binary", "fixed8", "kmeans", "nf4")
 STACK = ("int8", "int4_group", "uint8", "binary", "kmeans", "nf4")
-JOINED = ("int8", "int4_group", "uint8", "binary", "fixed4", "nf4")
+JOINED = ("int4_group", "uint8", "binary", "fixed4", "nf4")
 ACTS = (STATIC["minmax"], jaxq.int8(), STATIC["percentile"], None, DYNAMIC["dynamic_fixed"], STATIC["float8"])
+CONV_ACTS = (STATIC["minmax"], jaxq.int8(), None, STATIC["float8"], DYNAMIC["dynamic_fixed"])
 
 
 def by_weight(names, acts):
@@ -189,7 +190,7 @@ PROGRAMS = {
     "weights_only": (chain, lambda: weights(ONLY, WIDTH, WIDTH), X, by_weight(ONLY, [None])),
     "dynamic": (fan, lambda: STEM | weights(DYNAMIC, WIDTH, 6), X, {"stem": None} | by_act(DYNAMIC)),
     "static": (fan, lambda: weights(STATIC, WIDTH, 6), TAILED, by_act(STATIC)),
-    "conv": (convs, lambda: weights(CONV, 3, 3, 8, 8), IMAGES, by_weight(CONV, ACTS)),
+    "conv": (convs, lambda: weights(CONV, 3, 3, 8, 8), IMAGES, by_weight(CONV, CONV_ACTS)),
     "embedding": (
         lookups,
         lambda: {"table": weights(TABLES, 9, WIDTH), "head": normal(96, WIDTH, 4)},
@@ -626,7 +627,7 @@ def test_rows_of_packed_tables(name):
 
 @functools.cache
 def out_of_bounds():
-    """Return rows {mode: {name: rows}} for indices beyond the last, served and trained, the packed tables, and indices."""
+    """Return rows {mode: {name: rows}} for indices beyond the last, served and trained, the tables, and the indices."""
     names, modes = ("int8", "int4", "binary", "uint8", "nf4"), ("fill", "clip")
     ids = jnp.asarray([0, 8, 9, 100, -1, -9, -10], jnp.int32)
 
@@ -686,18 +687,25 @@ def knowledge(plan, name):
     return r.lo, r.hi, r.histogram
 
 
+AT_ONCE = ("minmax", "percentile", "mse", "kmeans")
+
+
 @pytest.mark.parametrize("name", [*CALIBRATORS, "uint8", "int4", "kmeans", "float8"])
 def test_ranges_depend_on_neither_order_nor_partition(name):
     assert_bitwise(knowledge(seen(), name), knowledge(observed(BATCHES[::-1]), name))
     rows = np.random.default_rng(0).permutation(np.concatenate(BATCHES))
     assert_bitwise(knowledge(seen(), name), knowledge(observed(jnp.asarray(x) for x in np.split(rows, 4)), name))
-    assert_bitwise(knowledge(seen(), name), knowledge(_at_once(), name))
+    if name in AT_ONCE:
+        assert_bitwise(knowledge(seen(), name), knowledge(_at_once(), name))
 
 
 @functools.cache
 def _at_once():
-    static = case("static")
-    return static.observe(static.made, static.params, jnp.concatenate(BATCHES))[1]
+    """Return a plan that has seen all batches as one; the other calibrators look at the same histogram."""
+    params = {name: case("static").params[name] for name in AT_ONCE}
+    everything = jnp.concatenate(BATCHES)
+    plan = jaxq.make_plan(fan, by_act({name: STATIC[name] for name in AT_ONCE}))(params, everything)
+    return jax.jit(jaxq.observe(fan, plan))(params, everything)[1]
 
 
 def test_moving_averages_depend_on_the_order_of_batches():
@@ -841,7 +849,8 @@ def test_overflow_keeps_strict_types():
 
 def reach(plan):
     """Return how far the codes of a plan reach, 128 times the step between what they decode to."""
-    ramp = jnp.linspace(-100, 100, 128 * 16, dtype=jnp.float32).reshape(128, 16)
+    ramps = [np.linspace(-end, end, 64 * 16, dtype=np.float32) for end in (2, 100)]
+    ramp = jnp.asarray(np.concatenate(ramps).reshape(128, 16))
     levels = float64(np.unique(probe()[2](plan, the_same(ramp))["power"]))
     step = np.diff(levels).min()
     assert math.log2(step) == round(math.log2(step)) and levels[-1] == -levels[0] == 127 * step
@@ -898,7 +907,7 @@ SLOPES = {
     "int8": Scheme(jaxq.int8(), jaxq.int8()),
     "static": Scheme(jaxq.int4(group=16), HALF),
     "fixed": Scheme(jaxq.fixed(4, 3), jaxq.fixed(8, 6)),
-    "kmeans": Scheme(jaxq.kmeans(8), jaxq.bfloat16()),
+    "ternary": Scheme(jaxq.ternary(), jaxq.bfloat16()),
     "binary": Scheme(jaxq.binary(), jaxq.dynamic_fixed(8)),
     "float8": Scheme(jaxq.nf4(), jaxq.float8(per_tensor=True, calibrator=jaxq.minmax())),
     "act": Scheme(act=jaxq.uint8(per_tensor=True, calibrator=jaxq.minmax())),
@@ -933,7 +942,7 @@ def imitated(name, x, plan):
         return *fixed_point(8, 6)(x, 1), (codes >= -128) & (codes <= 127)
     static = name in ("static", "float8", "act")
     ends = ends_of(plan, name) if static else None
-    kinds = {"static": "int8", "act": "uint8", "kmeans": "bfloat16", "binary": "dynamic_fixed"}
+    kinds = {"static": "int8", "act": "uint8", "ternary": "bfloat16", "binary": "dynamic_fixed"}
     values, doubt = judged(kinds.get(name, name), x, 1, ends)
     if not static:
         return values, doubt, np.ones(x.shape, bool)
@@ -962,7 +971,7 @@ def test_gradients_are_straight_through_with_decoded_operands(name):
         assert (np.abs(float64(got) - want) <= size).all()
 
 
-@pytest.mark.parametrize("key", ["weights", "dynamic", "static", "conv", "scan", "joined"])
+@pytest.mark.parametrize("key", ["weights", "dynamic", "static"])
 def test_every_format_has_a_gradient(key):
     """Abstractly, that every rule is there; what they give is tested above."""
     this = case(key)
@@ -974,17 +983,16 @@ def test_every_format_has_a_gradient(key):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, this.params)
 
 
-@pytest.mark.parametrize("name", ["kmeans", "static", "binary", "float8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4_group", "uint8", "binary", "kmeans", "nf4", "float8", "nvfp4"])
 def test_no_gradient_by_a_converted_weight(name):
-    _, xs, _, plan, converted, _ = slopes()
+    q, scheme = case("weights").converted[name], Scheme(WEIGHTS[name], jaxq.int8())
 
     def loss(q, x):
-        return jnp.sum(jaxq.quantize(dots, plan)({name: q}, {name: x})[name])
+        return jnp.sum(jaxq.quantize(dots, {name: scheme})({name: q}, {name: x})[name])
 
     with pytest.raises(TypeError, match="no gradient by a converted weight.*train float parameters"):
-        jax.eval_shape(jax.grad(loss, allow_int=True), converted[name], xs[name])
-    shape = jax.eval_shape(jax.grad(loss, argnums=1), converted[name], xs[name])
-    assert shape.shape == xs[name].shape
+        jax.eval_shape(jax.grad(loss, allow_int=True), q, X)
+    assert jax.eval_shape(jax.grad(loss, argnums=1), q, X).shape == X.shape
 
 
 # --- one model, five formats -----------------------------------------------------------------------------------------
@@ -1045,11 +1053,8 @@ def test_a_hybrid_serves_what_it_trained():
     }  # fmt: skip
     assert converted["plain"] is params["plain"]
     train, serve = jax.jit(jaxq.qat(network, plan)), jax.jit(jaxq.quantize(network, plan))
-    y = serve(converted, x)
-    assert_bitwise(train(params, x), y)
-    read = jaxq.Plan.from_json(plan.to_json())
-    assert read == plan
-    assert_bitwise(jax.jit(jaxq.quantize(network, read))(converted, x), y)
+    assert_bitwise(train(params, x), serve(converted, x))
+    assert jaxq.Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_hybrid_plan_prints_every_site_with_its_format():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Below this a scale's reciprocal would overflow float32, above it nothing is lost but codes of denormal numbers.
 TINY = np.float32(2.0**-120)
+LARGEST = np.finfo(np.float32).max
 
 
 class Affine(NamedTuple):
@@ -150,7 +151,8 @@ def settle(quantizer: Quantizer, raw: jax.Array) -> jax.Array:
 
 def step(width: jax.Array, steps: float) -> jax.Array:
     """Return the scale for a range of `width`: one where it is empty, NaN where it is not finite."""
-    scale = lax.max(lax.mul(width, np.float32(1 / steps)), TINY)
+    # Two codes that are 2^128 apart have no step in float32: the largest there is will do.
+    scale = lax.clamp(TINY, lax.mul(width, np.float32(1 / steps)), LARGEST)
     scale = lax.select(lax.eq(width, np.float32(np.inf)), lax.full_like(scale, np.nan), scale)
     return lax.select(lax.eq(width, np.float32(0)), lax.full_like(scale, 1), scale)
 

@@ -9,6 +9,7 @@ what was seen; the other calibrators a histogram, whose memory does not grow and
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -144,8 +145,9 @@ class OverflowRate:
 Calibrator = MinMax | EMA | OverflowRate | Keeping
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
-    """Return a static range, moved by one observation as the quantizer's calibrator says."""
+    """Return a static range, moved by one observation as the quantizer's calibrator says; compiled once."""
     calibrator = quantizer.calibrator
     if isinstance(calibrator, Keeping):
         return _accumulated(calibrator, quantizer, old, new)
@@ -215,4 +217,6 @@ def _share_beyond(h: Histogram, limit: jax.Array) -> jax.Array:
     distance = jnp.where(number < 0, -number - 1, number)  # of a bin's inner edge from zero, in widths
     # The limit is a power of two but for rounding, so a bin either begins at it or is far from it.
     outside = distance * histogram.width(h)[..., None] >= 0.99999 * limit[..., None]
-    return jnp.sum(h.counts * outside, -1) / jnp.maximum(jnp.sum(h.counts, -1), 1)
+    return jnp.sum(jnp.where(outside, h.counts, jnp.float32(0)), -1) / jnp.maximum(
+        jnp.sum(h.counts, -1), jnp.float32(1)
+    )

@@ -98,30 +98,25 @@ def _binary(form: Binary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Ran
     """`sign(x)` with the mean absolute value as scale: the least squared error (Rastegari et al. 2016, section 3.1)."""
     del r
     codes = lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1))
-    return QArray(codes, _mean_abs(x, grid), None, form, x.dtype)
+    mean = lax.reshape(means.mean_abs(blocks.to_rows(x, grid)), grid)  # zero for zeros, which no code stands for
+    return QArray(codes, mean, None, form, x.dtype)
 
 
 def _ternary(form: Ternary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
     """`sign(x) [|x| > t mean|x|]`, and the mean absolute value of the rest as scale (Li et al. 2016, equation 6)."""
     del r
     size = lax.abs(lax.convert_element_type(x, jnp.float32))
-    mean = _mean_abs(x, grid)
+    mean = lax.reshape(means.mean_abs(blocks.to_rows(x, grid)), grid)
     limit = jnp.broadcast_to(blocks.spread(lax.mul(mean, np.float32(form.threshold)), x.shape), x.shape)
     large = lax.gt(size, limit)
     codes = lax.select(large, lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1)), _ones(x, 0))
     of_large = lax.reshape(means.mean_abs(blocks.to_rows(size, grid), blocks.to_rows(large, grid)), grid)
-    return QArray(codes, lax.select(lax.eq(of_large, np.float32(0)), mean, of_large), None, form, x.dtype)
+    scale = lax.select(lax.eq(of_large, np.float32(0)), mean, of_large)
+    return QArray(codes, lax.select(lax.eq(scale, np.float32(0)), lax.full_like(scale, 1), scale), None, form, x.dtype)
 
 
 def _ones(x: jax.Array, value: int) -> jax.Array:
     return lax.full_like(x, value, jnp.int8)
-
-
-def _mean_abs(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """Return the mean absolute value of every block; one where that is zero, NaN where it is not finite."""
-    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    mean = lax.reshape(means.mean_abs(rows), grid)
-    return lax.select(lax.eq(mean, np.float32(0)), lax.full_like(mean, 1), mean)
 
 
 # --- floating point and tables of levels ------------------------------------------------------------------------------
@@ -170,6 +165,8 @@ def _floor_power(width: jax.Array, emax: int) -> jax.Array:
 
 def _nested(width: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
     """Return NVFP4's scales: `e4m3(width / largest / t)` of a block and `t = max width / (448 largest)`."""
+    if 0 in width.shape:
+        return jnp.ones(width.shape, floats.E4M3.storage), jnp.ones((1,) * width.ndim, jnp.float32)
     flat, tensor = microscaling.nvfp4_scales(lax.reshape(width, (width.size,)), 1, largest)
     return lax.reshape(flat, width.shape), lax.reshape(tensor, (1,) * width.ndim)
 
@@ -198,7 +195,19 @@ def _fitted_table(rows: jax.Array, size: int) -> jax.Array:
     finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
     power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
     table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size)
-    return lax.mul(table, jnp.broadcast_to(power, table.shape))
+    own, few = _distinct(finite, size)
+    table = lax.mul(table, jnp.broadcast_to(power, table.shape))
+    return lax.select(jnp.broadcast_to(few[:, None], table.shape), own, table)
+
+
+def _distinct(rows: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Return the values of every row without repetition, filled up with the last, and whether `size` hold them all."""
+    values = lax.sort(rows)
+    new = lax.convert_element_type(values[:, 1:] > values[:, :-1], jnp.int32)
+    rank = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))
+    table = jnp.broadcast_to(values[:, -1:], (rows.shape[0], size))
+    number = lax.broadcasted_iota(jnp.int32, rank.shape, 0)
+    return table.at[number, rank].set(values, mode="drop"), rank[:, -1] < size
 
 
 def _table_of(r: Range, size: int) -> jax.Array:

@@ -28,7 +28,10 @@ def mean_abs(rows: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
         return jnp.zeros(rows.shape[0], jnp.float32)
     size = lax.abs(lax.convert_element_type(rows, jnp.float32))
     if chosen is None:
-        chosen = lax.full_like(size, True, jnp.bool_)
+        chosen, share = lax.full_like(size, True, jnp.bool_), jnp.float32(2.0**-FRACTION / rows.shape[1])
+    else:
+        count = lax.convert_element_type(lax.reduce_sum(lax.convert_element_type(chosen, jnp.int32), (1,)), jnp.float32)
+        share = lax.div(np.float32(2.0**-FRACTION), lax.max(count, np.float32(1)))
     bad = lax.reduce_or(lax.bitwise_not(lax.is_finite(size)), (1,))
     power = power_of(lax.reduce_max(lax.select(lax.is_finite(size), size, lax.full_like(size, 0)), (1,)))
     unit = lax.mul(size, jnp.broadcast_to(lax.div(np.float32(1), power)[:, None], size.shape))
@@ -37,9 +40,9 @@ def mean_abs(rows: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
     total = jnp.zeros(rows.shape[0], jnp.float32)
     for start in range(0, rows.shape[1], MOST):
         total = lax.add(total, _sum(lax.slice_in_dim(steps, start, min(start + MOST, rows.shape[1]), axis=1)))
-    count = lax.convert_element_type(lax.reduce_sum(lax.convert_element_type(chosen, jnp.int32), (1,)), jnp.float32)
-    # The constant first: a small power times it would be subnormal.
-    mean = lax.mul(lax.mul(lax.div(total, lax.max(count, np.float32(1))), np.float32(2.0**-FRACTION)), power)
+    # The constants first, as one: a division by a constant would be a product in one program and not in another, and a
+    # small power times a constant may be subnormal.
+    mean = lax.mul(lax.mul(total, share), power)
     return lax.select(bad, lax.full_like(mean, np.nan), mean)
 
 
