@@ -14,6 +14,21 @@ def products(fn, *args) -> list[tuple[str, ...]]:
     return [tuple(str(v.aval.dtype) for v in eqn.invars[:2]) for eqn in eqns]
 
 
+def depthwise(fn, *args) -> int:
+    """Return how many convolutions of `fn` give every output channel one input channel."""
+    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
+    convs = [eqn for eqn in jaxpr.all_equations(body) if eqn.primitive is jaxpr.CONV]
+    kernels = [(e.params["feature_group_count"], e.invars[1].aval.shape, e.params["dimension_numbers"]) for e in convs]
+    return sum(groups > 1 and shape[numbers.rhs_spec[1]] == 1 for groups, shape, numbers in kernels)
+
+
+def short_products(fn, *args) -> int:
+    """Return how many elementwise products of 16-bit integers there are in the jaxpr of `fn`."""
+    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
+    names = [(eqn.primitive.name, eqn.outvars[0].aval) for eqn in jaxpr.all_equations(body) if eqn.outvars]
+    return sum(name == "mul" and aval.dtype == jnp.int16 for name, aval in names)
+
+
 def arrays(tree) -> list[np.ndarray]:
     """Return the array leaves of a tree as NumPy arrays, random keys as their data."""
 

@@ -255,12 +255,9 @@ def test_every_site_has_the_format_it_was_given(key):
     plan, policy = case(key).plan, PROGRAMS[key][3]
     table = {line.split()[0]: line for line in str(plan).splitlines()[2:] if line}
     for name, rule in policy.items():
-        decision = plan[name]
         scheme = rule.scheme if isinstance(rule, jaxq.Uniform) else rule
+        assert plan[name].scheme == scheme
         wanted = [] if scheme is None else [q for q in (scheme.weight, scheme.act) if q is not None]
-        assert (
-            [q for q in (decision.scheme.weight, decision.scheme.act) if q] == wanted if wanted else not decision.scheme
-        )
         assert all(repr(q) in table[name] for q in wanted)
     assert set(plan.names) == set(policy)
 

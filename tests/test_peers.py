@@ -190,7 +190,7 @@ def test_small_weights_of_half_precision_are_not_zero(dtype, policy):
         assert decibels(exact, out) > (15 if policy is W4A8 else 33)
 
 
-@pytest.mark.parametrize("bits", [1, 16, 32])
+@pytest.mark.parametrize("bits", [9, 24, 32])
 def test_widths_without_a_kernel_are_refused(bits):
     with pytest.raises(ValueError, match=rf"bits.*{bits}"):
         jaxq.Scheme(weight=jaxq.Quantizer(jaxq.Int(bits)), act=jaxq.Quantizer(jaxq.Int(bits)))

@@ -217,6 +217,36 @@ def clustering(settings: Settings) -> Table:
     return Table("Clustering", "time / time of a sort (less is better)", "sort", [row])
 
 
+# Single operations
+
+
+def depthwise(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """Convolve every channel by itself; x: [n, h, w, channels], kernel: [3, 3, 1, channels]."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    groups = x.shape[-1]
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups)
+
+
+def operations(settings: Settings) -> Table:
+    """Measure operations that compilers are slow at, with quantize and dequantize around them."""
+    programs = {
+        "depthwise 3x3, [8,48,48,48]": (depthwise, (3, 3, 1, 48), (8, 48, 48, 48)),
+        "depthwise 3x3, [8,12,12,192]": (depthwise, (3, 3, 1, 192), (8, 12, 12, 192)),
+        "one row, [1,4096] x [4096,4096]": (lambda w, x: x @ w, (4096, 4096), (1, 4096)),
+    }
+    rows = []
+    for name, (f, weight, data) in programs.items():
+        params, x = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate((weight, data)))
+        model = Model(None, f, None, None, None)
+        calls = {
+            "float32": functools.partial(jax.jit(f), params, x),
+            "int8 static": int8_inference(model, params, x, static=True),
+        }
+        blocks = timing.interleave(calls, rounds=settings.rounds, block=settings.block)
+        rows.append(speed_up(name, "int8 static", blocks))
+    return Table("Operations", "float32 time / time (more is better)", "float32", rows)
+
+
 # Peers
 
 
@@ -350,6 +380,7 @@ MEASUREMENTS = {
     "import": import_time,
     "arrays": arrays,
     "clustering": clustering,
+    "operations": operations,
 }
 
 

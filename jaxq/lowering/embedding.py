@@ -17,7 +17,9 @@ def lookup(op: Embedding, table: jax.Array | QArray, indices: jax.Array) -> jax.
     codes, table = _codes(op, table, indices), table.plain()
     if table.zero_point is not None:
         codes = codes.astype(jnp.int32) - op.apply(_thin(op, table, table.zero_point), indices, fill_value=0)
-    return as_type(codes.astype(jnp.float32) * op.apply(_thin(op, table, table.scale), indices), op.out_dtype)
+    scale = op.apply(_thin(op, table, table.scale), indices)
+    rows = codes.astype(jnp.float32) * scale
+    return jnp.where(jnp.isinf(scale), rows.astype(op.out_dtype), as_type(rows, op.out_dtype))
 
 
 def _codes(op: Embedding, table: QArray, indices: jax.Array) -> jax.Array:
