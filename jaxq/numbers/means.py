@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 
 FRACTION = 26
-LIMB = 7
-# As many limbs as fit into an int32 sum.
-MOST = 2**23
+# How many limbs of how many bits fit into an int32 sum: short rows take half of the reductions.
+WIDE, MOST_WIDE = 14, 2**16
+LIMB, MOST = 7, 2**23
 
 
 def mean_abs(rows: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
@@ -53,10 +53,11 @@ def power_of(width: jax.Array) -> jax.Array:
 
 
 def _sum(steps: jax.Array) -> jax.Array:
-    """Return the sums of non-negative int32 below 2^29 as float32, exact until they are put together from limbs."""
+    """Return the sums of non-negative int32 below 2^28 as float32, exact until they are put together from limbs."""
+    width = WIDE if steps.shape[1] <= MOST_WIDE else LIMB
     total = jnp.zeros(steps.shape[0], jnp.float32)
-    for shift in range(28, -1, -LIMB):
-        limb = lax.bitwise_and(lax.shift_right_logical(steps, np.int32(shift)), np.int32(2**LIMB - 1))
+    for shift in range(28 - width, -1, -width):
+        limb = lax.bitwise_and(lax.shift_right_logical(steps, np.int32(shift)), np.int32(2**width - 1))
         part = lax.convert_element_type(lax.reduce_sum(limb, (1,)), jnp.float32)
-        total = lax.add(lax.mul(total, np.float32(2**LIMB)), part)  # a product with a power of two is exact
+        total = lax.add(lax.mul(total, np.float32(2**width)), part)  # a product with a power of two is exact
     return total
