@@ -355,6 +355,25 @@ def test_calibrating_with_the_weights_in_another_place():
     assert float(plan.ranges[0][0].hi) == 3.0
 
 
+@pytest.mark.parametrize("argnums", [(0, 2), (2, 0), (-1, 0)])
+def test_calibrating_with_weights_in_two_places(argnums):
+    def f(up, x, down):
+        return (x @ up) @ down
+
+    weights = {0: 2 * jnp.eye(8), 2: jnp.ones((8, 4)), -1: jnp.ones((8, 4))}
+    static = jaxq.w8a8(static=True)
+    plan = jaxq.calibrate(f, static, argnums=argnums, progress=False)(
+        tuple(weights[n] for n in argnums), [3 * jnp.eye(8)]
+    )
+    assert [float(ranges[0].hi) for ranges in plan.ranges] == [3.0, 6.0]
+
+
+def test_calibrating_a_function_that_holds_its_weights():
+    w = jnp.eye(8)
+    plan = jaxq.calibrate(lambda x: x @ w, jaxq.w8a8(static=True), argnums=(), progress=False)((), [3 * jnp.eye(8)])
+    assert float(plan.ranges[0][0].hi) == 3.0
+
+
 def test_changing_a_policy_later_changes_nothing():
     fn, params, x = simple()
     policy = {"*": jaxq.w8a8()}

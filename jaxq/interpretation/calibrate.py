@@ -8,17 +8,19 @@ import numpy as np
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
+from jaxq.interpretation.arguments import Argnums
 from jaxq.interpretation.transforms import DEFAULT, make_plan, observe
 
 
 def calibrate(
-    f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: int = 0, progress: bool = True
+    f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0, progress: bool = True
 ) -> Callable[..., Plan]:
     """Return a function `(weights, batches, **kwargs) -> plan` that observes every batch.
 
-    A tuple in `batches` holds the positional arguments after the weights; anything else is the one argument. `kwargs`
-    go to `f`. Memory does not depend on the number of batches. progress: show a bar. Raises `ValueError` for no batches
-    at all and for NaN or infinity at a site, naming it and the batch.
+    A tuple in `batches` holds the other positional arguments in their order; anything else is the one argument.
+    argnums: which arguments hold the weights; `weights` is a tuple where it is a sequence. `kwargs` go to `f`. Memory
+    does not depend on the number of batches. progress: show a bar. Raises `ValueError` for no batches at all and for
+    NaN or infinity at a site, naming it and the batch.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
@@ -32,8 +34,7 @@ def calibrate(
         plan: Any = policy
         number = -1
         for number, batch in enumerate(_bar(batches, progress)):
-            args = list(batch) if type(batch) is tuple else [batch]
-            args.insert(argnums, params)
+            args = _arguments(params, batch, argnums)
             if not isinstance(plan, Plan):
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             _, plan = observe(f, plan, argnums=argnums)(*args, **kwargs)
@@ -43,6 +44,16 @@ def calibrate(
         return plan
 
     return calibrated
+
+
+def _arguments(params: Any, batch: Any, argnums: Argnums) -> list:
+    """Return the positional arguments of a call: those of the batch, with the weights at their places."""
+    args = list(batch) if type(batch) is tuple else [batch]
+    weights = {argnums: params} if isinstance(argnums, int) else dict(zip(argnums, params, strict=True))
+    count = len(args) + len(weights)
+    for number in sorted(weights, key=lambda n: n % count):
+        args.insert(number % count, weights[number])
+    return args
 
 
 def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
