@@ -754,6 +754,48 @@ def test_lookups_along_an_axis(weight):
     assert_near(got, np.take_along_axis(table, i, 1))
 
 
+SLICES = {
+    "row": (lambda t, i: t[i], lambda t, i: t[min(i, 5)]),
+    "rows": (lambda t, i: lax.dynamic_slice(t, (i, 0), (2, 5)), lambda t, i: t[min(i, 4) :][:2]),
+    "row in a loop": (
+        lambda t, i: lax.fori_loop(0, 3, lambda _, y: y + t[i], jnp.zeros(5, jnp.float32)),
+        lambda t, i: 3 * t[min(i, 5)],
+    ),
+}
+
+
+@pytest.mark.parametrize("weight", [jaxq.int8, jaxq.uint8, jaxq.int4])
+def test_slices_at_data_are_lookups(weight):
+    """`dynamic_slice` of a table at an index that is data, moved inside where it is out of bounds."""
+    table, jt = represented(np.random.default_rng(0), (6, 5), (1,), weight())
+
+    def f(params, i):
+        return {name: look(params[name], i) for name, (look, _) in SLICES.items()}
+
+    params = {name: jt for name in SLICES}
+    plan = jaxq.make_plan(f, jaxq.Scheme(weight=weight()))(params, jnp.int32(0))
+    assert {(d.site.name, d.site.op) for d in plan.decisions} == {(name, "embedding") for name in SLICES}
+    converted = jaxq.convert(f, plan)(params, jnp.int32(0))
+    assert all(isinstance(leaf, jaxq.QArray) for leaf in converted.values())
+    serve = jax.jit(jaxq.quantize(f, plan))
+    for index in (0, 4, 100):
+        got = serve(converted, jnp.int32(index))
+        for name, (_, judge) in SLICES.items():
+            assert_near(got[name], judge(table, index))
+
+
+def test_slices_that_share_no_row_are_not_lookups():
+    """Elements have no row whose scale they could share, and a counter picks weights, not data."""
+
+    def f(params, x, i):
+        picked = lax.fori_loop(0, 2, lambda n, y: y @ params["layers"][n], x)
+        return params["vector"][i] * picked + params["pairs"][i, i]
+
+    params = {"vector": jnp.ones(4), "pairs": jnp.ones((4, 4)), "layers": jnp.ones((2, 3, 3))}
+    plan = jaxq.make_plan(f, jaxq.w8a8())(params, jnp.ones((2, 3)), jnp.int32(1))
+    assert [(d.site.name, d.site.op) for d in plan.decisions] == [("layers", "dot_general")]
+
+
 EMPTY = {"rows": ((0, 4), (4, 3)), "columns": ((2, 4), (4, 0)), "terms": ((2, 0), (0, 3)), "all": ((0, 0), (0, 0))}
 
 

@@ -23,7 +23,7 @@ KERNELS: dict[type, Callable] = {Dot: integer_dot, Conv: integer_conv, RaggedDot
 def run(op: Op, operands: Sequence[jax.Array | QArray], rest: Sequence[jax.Array]) -> jax.Array:
     """Run an operation: integers where all operands are codes, otherwise float on decoded operands."""
     if isinstance(op, Embedding):
-        return lookup(op, operands[0], rest[0])
+        return lookup(op, operands[0], rest)
     if not all(isinstance(operand, QArray) and operand.format.integer for operand in operands):
         return op.apply(*(_plain(operand) for operand in operands), *rest)
     acc, scale = KERNELS[type(op)](op, *operands, *rest)

@@ -28,6 +28,7 @@ CONVERT = prims.convert_element_type_p
 TRANSPOSE = prims.transpose_p
 READ = prims.get_p
 SLICE = prims.dynamic_slice_p
+LOOKUPS = frozenset({GATHER, SLICE})
 SAME_VALUE = frozenset({CONVERT, prims.copy_p, lax.optimization_barrier_p, prims.sharding_constraint_p, prims.name_p})
 
 # Most of what a program consists of, known to hold no program in its parameters: not looked into, which saves time.

@@ -121,9 +121,16 @@ def _step(eqn: Eqn, ins: list[Value], path: Path, around: Around, visit: Visit) 
 
 
 def _is_lookup(eqn: Eqn, ins: list[Value]) -> bool:
-    if eqn.primitive is not jaxpr.GATHER or not jaxpr.is_float(eqn.invars[0].aval):
+    if eqn.primitive not in jaxpr.LOOKUPS or not jaxpr.is_float(eqn.invars[0].aval):
         return False
-    return ins[0].pure and bool(ins[0].sources) and not ins[1].pure
+    by_data = any(not index.pure for index in ins[1:])
+    return ins[0].pure and bool(ins[0].sources) and by_data and (eqn.primitive is jaxpr.GATHER or _takes_rows(eqn))
+
+
+def _takes_rows(eqn: Eqn) -> bool:
+    """Tell whether a `dynamic_slice` takes rows of a table, whole along some axis: elements that can share a scale."""
+    pairs = list(zip(eqn.params["slice_sizes"], eqn.invars[0].aval.shape, strict=True))
+    return any(size == n > 1 for size, n in pairs) and any(size != n for size, n in pairs)
 
 
 def _product(eqn: Eqn, ins: list[Value]) -> Value:
@@ -134,7 +141,7 @@ def _product(eqn: Eqn, ins: list[Value]) -> Value:
     weights = [v for v in ins if v.pure and v.sources]
     if weights:
         return out._replace(sources=NONE, near=frozenset().union(*(v.sources for v in weights)), product=False)
-    return out._replace(sources=NONE, product=eqn.primitive is not jaxpr.GATHER)
+    return out._replace(sources=NONE, product=eqn.primitive not in jaxpr.LOOKUPS)
 
 
 def _move(eqn: Eqn, ins: list[Value]) -> Value:

@@ -21,4 +21,6 @@ def read(eqn: jaxpr.Eqn) -> Op:
         return Conv.read(eqn)
     if eqn.primitive is jaxpr.GATHER:
         return Embedding.read(eqn)
+    if eqn.primitive is jaxpr.SLICE:
+        return Embedding.read_slice(eqn)
     return RaggedDot.read(eqn)

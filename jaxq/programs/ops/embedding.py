@@ -1,9 +1,10 @@
-"""Embedding lookup: `gather` of whole rows of a table at indices that are data."""
+"""Embedding lookup: `gather` of whole rows of a table at indices that are data, or one `dynamic_slice` of it."""
 
 import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxq.programs import jaxpr
@@ -11,7 +12,10 @@ from jaxq.programs import jaxpr
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-    """A lookup; axes of the table that are taken whole share a scale, axes that are indexed keep one per index."""
+    """A lookup; axes of the table that are taken whole share a scale, axes that are indexed keep one per index.
+
+    separate: the indices come as one scalar for every axis of the table, as those of a `dynamic_slice` do.
+    """
 
     numbers: Any
     slice_sizes: tuple[int, ...]
@@ -21,6 +25,7 @@ class Embedding:
     indices_are_sorted: bool
     table_shape: tuple[int, ...]
     out_dtype: Any
+    separate: bool = False
 
     name: ClassVar[str] = "embedding"
     operands: ClassVar[int] = 1
@@ -39,6 +44,15 @@ class Embedding:
             eqn.outvars[0].aval.dtype,
         )
 
+    @staticmethod
+    def read_slice(eqn: jaxpr.Eqn) -> "Embedding":
+        """Return a `dynamic_slice` as the `gather` that it is: indices out of bounds are moved inside."""
+        shape, sizes = tuple(eqn.invars[0].aval.shape), tuple(eqn.params["slice_sizes"])
+        indexed = tuple(axis for axis, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n)
+        numbers = lax.GatherDimensionNumbers(tuple(range(len(shape))), (), indexed)
+        clip, dtype = lax.GatherScatterMode.CLIP, eqn.outvars[0].aval.dtype
+        return Embedding(numbers, sizes, clip, None, True, True, shape, dtype, separate=True)
+
     @property
     def contracted(self) -> tuple[tuple[int, ...]]:
         """Axes of the table that every lookup takes whole."""
@@ -56,13 +70,13 @@ class Embedding:
         gone = (*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims)
         return self.numbers.offset_dims[axis - sum(other < axis for other in gone)]
 
-    def apply(self, table: jax.Array, indices: jax.Array, *rest, out_dtype=None, fill_value=None) -> jax.Array:
+    def apply(self, table: jax.Array, *indices, out_dtype=None, fill_value=None) -> jax.Array:
         """Look up in a plain array, or in a scale, whose whole axes have size one."""
-        del rest, out_dtype
+        del out_dtype
         pairs = zip(self.slice_sizes, table.shape, strict=True)
         return lax.gather(
             table,
-            indices,
+            jnp.stack([indices[axis] for axis in self.numbers.start_index_map]) if self.separate else indices[0],
             self.numbers,
             tuple(min(size, n) for size, n in pairs),
             mode=self.mode,
