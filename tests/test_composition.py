@@ -59,9 +59,12 @@ def kernels(name):
     return lambda p, x: inner(p, x) @ p["head"]
 
 
-@pytest.mark.parametrize("construct", ["remat", "custom_vjp", "custom_jvp"])
-@pytest.mark.parametrize("name", ["none", *FLAGS])
-def test_derivative_carrying_calls(construct, name):
+CONSTRUCTS = {"jax_remat3": "remat", "jax_custom_vjp3": "custom_vjp", "jax_custom_jvp3": "custom_jvp"}
+PAIRS = [("none", construct) for construct in CONSTRUCTS.values()] + [(name, CONSTRUCTS[name]) for name in FLAGS]
+
+
+@pytest.mark.parametrize("name, construct", PAIRS)
+def test_derivative_carrying_calls(name, construct):
     with flag(name) if name != "none" else contextlib.nullcontext():
         fn = kernels(construct)
         _, params, x = simple()

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from PIL import Image
+
+from zoo.entry import drawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -172,8 +175,9 @@ def name_of(path):
 @pytest.mark.parametrize("name", MODELS)
 def test_linen_and_nnx_agree(name):
     """The same parameter paths and, given the same parameters, the same logits."""
-    model, variables = init_linen(name, SHAPE, 10, seed=1)
-    module = init_nnx(name, SHAPE, 10, seed=2)
+    model = MODELS[name].linen(10)
+    variables = drawn(jax.eval_shape(lambda: init_linen(name, SHAPE, 10, seed=1)[1]))
+    module = nnx.eval_shape(lambda: init_nnx(name, SHAPE, 10, seed=2))
     leaves = {name_of(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     assert sorted(leaves) == sorted(name_of(path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(module))
     module = jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path[:-1])], module)
