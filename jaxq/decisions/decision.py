@@ -12,8 +12,17 @@ Ranges = tuple[tuple[Range | None, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Fed:
+    """The site whose output an operand is, and the quantizer of that output: the operand has none of its own."""
+
+    site: str
+    quantizer: Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
-    """What happens at one site. scheme: None for float; reason: why it is float.
+    """What happens at one site. scheme: None for float; reason: why it is float; fed: for each operand the site whose
+    quantized output it is, if it is one (empty where none is).
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
@@ -24,9 +33,17 @@ class Decision:
     site: Site
     scheme: Scheme | None
     reason: str = ""
+    fed: tuple[Fed | None, ...] = ()
+
+    def feed(self, number: int) -> Fed | None:
+        """Return the site whose quantized output an operand is."""
+        return self.fed[number] if self.fed else None
 
     def quantizer(self, number: int) -> Quantizer | None:
         """Return the quantizer of an operand."""
+        feed = self.feed(number)
+        if feed is not None:
+            return feed.quantizer
         return self.scheme.of(self.site.operands[number].role) if self.scheme else None
 
     @property
@@ -35,12 +52,22 @@ class Decision:
         return tuple(self.quantizer(n) for n in range(len(self.site.operands)))
 
     @property
+    def out(self) -> Quantizer | None:
+        """The quantizer of the output."""
+        return self.scheme.out if self.scheme else None
+
+    @property
+    def ranged(self) -> tuple[Quantizer | None, ...]:
+        """The static quantizers whose ranges this site keeps, None elsewhere: every operand's, then the output's."""
+        own = [None if self.feed(n) else q for n, q in enumerate(self.quantizers)]
+        return tuple(q if q is not None and q.static else None for q in (*own, *([self.out] if self.out else [])))
+
+    @property
     def is_integer(self) -> bool:
         """Whether the products of this site are products of integers."""
         return len(self.quantizers) == 2 and all(q is not None and q.integer for q in self.quantizers)
 
 
 def blank_ranges(decision: Decision) -> tuple[Range | None, ...]:
-    """Return an unobserved range for every operand of a site that has a static quantizer."""
-    stack = decision.site.stack
-    return tuple(calibrators.unobserved(stack, q) if q is not None and q.static else None for q in decision.quantizers)
+    """Return an unobserved range for every static quantizer of a site: those of `Decision.ranged`."""
+    return tuple(None if q is None else calibrators.unobserved(decision.site.stack, q) for q in decision.ranged)

@@ -21,8 +21,8 @@ from jaxq.programs.sites import Site
 class Plan:
     """The decision for every matmul, convolution and embedding lookup of a program.
 
-    ranges: for each decision, for each operand, the static `Range` (float32 arrays of shape `site.stack`) or None.
-    Printing it gives the table. Accepted wherever a policy is.
+    ranges: for each decision, for each operand and then for a quantized output, the static `Range` (float32 arrays of
+    shape `site.stack`) or None. Printing it gives the table. Accepted wherever a policy is.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["up"]), {"up": jnp.ones((8, 4))}
@@ -62,7 +62,7 @@ class Plan:
         raise KeyError(f"no site '{name}' in this plan; sites are: {', '.join(self.names)}")
 
     def range(self, name: str) -> tuple[Range | None, ...]:
-        """Return the static ranges of a site's operands."""
+        """Return the static ranges of a site's operands and, if it is quantized, of its output."""
         self[name]
         return self.ranges[self.names.index(name)]
 
@@ -128,16 +128,20 @@ class Plan:
 
 
 def _merged(decision: Decision, a: tuple, b: tuple) -> tuple[Range | None, ...]:
-    triples = zip(decision.quantizers, a, b, strict=True)
+    triples = zip(decision.ranged, a, b, strict=True)
     return tuple(x if x is None else calibrators.combine(q, x, y) for q, x, y in triples)
 
 
 def _row(decision: Decision) -> table.Row:
     site, scheme = decision.site, decision.scheme
     weight = "float" if not (scheme and scheme.weight and site.weight) else repr(scheme.weight)
-    act = "float" if not (scheme and scheme.act and any(o.role == "act" for o in site.operands)) else repr(scheme.act)
+    acts = [decision.quantizer(n) for n, operand in enumerate(site.operands) if operand.role == "act"]
+    act = " and ".join(dict.fromkeys(repr(q) for q in acts if q is not None)) or "float"
+    out = repr(decision.out) if decision.out else "float"
+    makers = list(dict.fromkeys(fed.site for fed in decision.fed if fed))
+    note = decision.reason or (f"takes the output of {' and '.join(makers)}" if makers else "")
     shape = "x".join(str(n) for n in (*site.stack, *site.weight.shape)) if site.weight else "-"
-    return table.Row(site.name, site.op, shape, site.flops, weight, act, decision.reason)
+    return table.Row(site.name, site.op, shape, site.flops, weight, act, out, note)
 
 
 def _summary(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxq.decisions.decision import Decision, Ranges, blank_ranges
+from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers import spec
 from jaxq.numbers.calibrators import Calibrator, Range
@@ -19,7 +19,7 @@ from jaxq.programs.sites import Operand, Site
 
 VERSION = 1
 RULES = (*typing.get_args(Calibrator), *typing.get_args(Fit), *typing.get_args(Scaling))
-TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Scheme, Operand, Site, Decision)}
+TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Scheme, Operand, Site, Fed, Decision)}
 
 
 def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:
@@ -64,6 +64,9 @@ def _check(decisions: Any, ranges: tuple) -> None:
     """Raise unless the ranges have the structure and shapes that the decisions call for."""
     if not isinstance(decisions, tuple) or not all(isinstance(d, Decision) for d in decisions):
         raise ValueError("'decisions' is not a list of decisions")
+    outputs = {d.site.name: d.out for d in decisions}
+    if any(fed and fed.quantizer != outputs.get(fed.site) for d in decisions for fed in d.fed):
+        raise ValueError("an operand is said to be the output of a site that puts out nothing of the kind")
     wanted = tuple(blank_ranges(decision) for decision in decisions)
     if str(jax.tree.structure(wanted)) != str(jax.tree.structure(ranges)):
         raise ValueError("the ranges do not belong to the decisions")

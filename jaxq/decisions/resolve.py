@@ -7,20 +7,33 @@ may be larger in batch, a loss around the model, or a part of it.
 import dataclasses
 from collections.abc import Sequence
 
-from jaxq.decisions.decision import Decision, blank_ranges
+import jax
+import jax.numpy as jnp
+
+from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Choice, Policy, choose
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers.calibrators import Range
-from jaxq.programs.sites import Operand, Site
+from jaxq.numbers.formats import Fixed, Float, Int
+from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs.sites import Feed, Operand, Site
 
 INT32_MAX = 2**31 - 1
 
+Feeds = Sequence[tuple[Feed | None, ...]]  # by site, by operand
 
-def make(policy: Policy, sites: Sequence[Site]) -> Plan:
-    """Resolve a policy for the sites of a program; ranges are unobserved."""
+
+def make(policy: Policy, sites: Sequence[Site], feeds: Feeds) -> Plan:
+    """Resolve a policy for the sites of a program; ranges are unobserved. feeds: whose output every operand is."""
     choices = choose(policy, sites)
-    decisions = tuple(_decide(site, choice) for site, choice in zip(sites, choices, strict=True))
+    decided = [_decide(site, choice) for site, choice in zip(sites, choices, strict=True)]
+    outputs = {decision.site.name: decision.out for decision in decided if decision.out}
+    decisions = tuple(_linked(decision, outputs, own) for decision, own in zip(decided, feeds, strict=True))
+    for decision in decisions:
+        if decision.scheme is not None:
+            _check_sums(decision)
+            _check_grids(decision)
     wanted = [site.name for site, choice in zip(sites, choices, strict=True) if choice.scheme and _is_pure(site)]
     if wanted and not any(decision.scheme for decision in decisions):
         raise ValueError(
@@ -44,29 +57,49 @@ def _decide(site: Site, choice: Choice) -> Decision:
         return Decision(site, None, site.obstacle)
     if choice.scheme is None:
         return Decision(site, None, "by policy" if choice.ruled else "no rule matches")
-    scheme, reason = _applicable(site, choice.scheme)
-    if scheme is not None:
-        _check_sums(site, scheme)
-        _check_grids(site, scheme)
-    return Decision(site, scheme, reason)
+    return Decision(site, *_applicable(site, choice.scheme))
 
 
 def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
     """Return the part of a scheme that a site can use, and why the rest is not used."""
     has_weight = site.weight is not None
     has_act = any(operand.role == "act" for operand in site.operands)
-    if not has_weight and scheme.act is None:
+    own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out)
+    if own != Scheme():
+        return own, ""
+    if scheme.weight is not None:
         return None, "no weight operand, and the scheme quantizes weights only"
-    if not has_act and scheme.weight is None:
+    if scheme.act is not None:
         return None, "no activation operand, and the scheme quantizes activations only"
-    if scheme.weight is None and scheme.act is None:
-        return None, "by policy"
-    return Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None), ""
+    return None, "by policy"
 
 
-def _check_sums(site: Site, scheme: Scheme) -> None:
+def _linked(decision: Decision, outputs: dict[str, Quantizer], feeds: tuple[Feed | None, ...]) -> Decision:
+    """Return the decision with the quantizers of the sites that feed it in the place of its own for activations."""
+    if decision.scheme is None or decision.scheme.act is None:
+        return decision
+    fed = tuple(
+        Fed(feed.site, outputs[feed.site]) if feed and _carries(outputs.get(feed.site), feed) else None
+        for feed in feeds
+    )
+    return dataclasses.replace(decision, fed=fed) if any(fed) else decision
+
+
+def _carries(quantizer: Quantizer | None, feed: Feed) -> bool:
+    """Tell whether values that were moved are still what their quantizer makes of them.
+
+    A range that is measured anew needs every value, and zeros need a code.
+    """
+    if quantizer is None:
+        return False
+    form = quantizer.format
+    remembered = quantizer.static or isinstance(form, Fixed) or (isinstance(form, Float) and form.bits > 8)
+    return (remembered or feed.whole) and (isinstance(form, (Int, Fixed, Float)) or not feed.padded)
+
+
+def _check_sums(decision: Decision) -> None:
     """Raise where int32 sums of products of codes could overflow: K * max|a| * max|b| must stay below 2^31."""
-    quantizers = [scheme.of(operand.role) for operand in site.operands]
+    site, quantizers = decision.site, decision.quantizers
     if len(quantizers) != 2 or not all(q is not None and q.integer for q in quantizers):
         return
     reach = 1
@@ -80,23 +113,17 @@ def _check_sums(site: Site, scheme: Scheme) -> None:
         )
 
 
-def _check_grids(site: Site, scheme: Scheme) -> None:
+def _check_grids(decision: Decision) -> None:
     """Raise where groups do not divide the contracted axis, or where the op has no integer kernel for groups."""
-    for operand in site.operands:
-        quantizer = scheme.of(operand.role)
+    site = decision.site
+    for operand, quantizer in zip(site.operands, decision.quantizers, strict=True):
         if quantizer is None:
             continue
         try:
             quantizer.grid(operand.shape, operand.contracted)
         except ValueError as error:
             raise ValueError(f"site '{site.name}': {error}; choose another group=") from None
-        if (
-            quantizer.group
-            and quantizer.integer
-            and scheme.act is not None
-            and scheme.act.integer
-            and site.op in ("conv_general_dilated", "ragged_dot")
-        ):
+        if quantizer.group and decision.is_integer and site.op in ("conv_general_dilated", "ragged_dot"):
             raise ValueError(
                 f"site '{site.name}': {site.op} has no integer kernel for weights in groups; "
                 "use weight_only(...) there, or drop group="
@@ -106,7 +133,7 @@ def _check_grids(site: Site, scheme: Scheme) -> None:
 # --- a plan on another program ---------------------------------------------------------------------------------------
 
 
-def fit(plan: Plan, sites: Sequence[Site]) -> tuple[tuple[Decision, ...], tuple[tuple[Range | None, ...], ...]]:
+def fit(plan: Plan, sites: Sequence[Site]) -> tuple[tuple[Decision, ...], Ranges]:
     """Return the plan's decision and ranges for each site of a program; raise `ValueError` naming sites that differ."""
     index = _Index(plan)
     numbers = [index.find(site) for site in sites]
@@ -143,11 +170,40 @@ def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple
     if number is None or site.obstacle:
         return Decision(site, None, site.obstacle), (None,) * len(site.operands)
     decision, ranges = plan.decisions[number], plan.ranges[number]
-    if decision.scheme is not None:
-        _check_sums(site, decision.scheme)
     roles, theirs = [o.role for o in site.operands], [o.role for o in decision.site.operands]
-    ranges = ranges if roles == theirs else ranges[::-1]  # the weight may stand on the other side
-    return dataclasses.replace(decision, site=site), ranges
+    if roles != theirs:  # the weight may stand on the other side
+        ranges = (*ranges[: len(roles)][::-1], *ranges[len(roles) :])
+        decision = dataclasses.replace(decision, fed=decision.fed[::-1])
+    decision = dataclasses.replace(decision, site=site)
+    if decision.scheme is not None:
+        _check_sums(decision)
+    return decision, ranges
+
+
+def supplied(plan: Plan, decisions: Sequence[Decision]) -> Ranges:
+    """Return for each decision, for each operand that is another site's output, the static range of that output.
+
+    It has the shape of the operand's own stack, of which the maker's is the outer part.
+    """
+    outs = {d.site.name: ranges[-1] for d, ranges in zip(plan.decisions, plan.ranges, strict=True) if d.out}
+
+    def of(decision: Decision, fed: Fed | None) -> Range | None:
+        r = outs.get(fed.site) if fed else None
+        return r and _stretched(r, decision.site.stack)
+
+    return tuple(tuple(of(decision, fed) for fed in decision.fed) for decision in decisions)
+
+
+def _stretched(r: Range, stack: tuple[int, ...]) -> Range:
+    """Return a range of a stack that goes on: the same for all inner layers."""
+    depth = jnp.ndim(r.count)
+
+    def stretch(leaf):
+        outer, own = jnp.shape(leaf)[:depth], jnp.shape(leaf)[depth:]
+        full = jnp.reshape(leaf, (*outer, *(1 for _ in stack[depth:]), *own))
+        return jnp.broadcast_to(full, (*stack, *own))
+
+    return jax.tree.map(stretch, r) if len(stack) > depth else r
 
 
 def _misfit(plan: Plan, missing: list[Site], changed: list[tuple[Site, Site]], lost: list[Site]) -> str:

@@ -7,9 +7,10 @@ from jaxq.numbers.quantizers import Quantizer
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Quantizers by role, never by side: `weight` and `act` for the operands. `Scheme()` is float.
+    """Quantizers by role, never by side: `weight`, `act` for the operands, `out` for the result. `Scheme()` is float.
 
-    A weightless site (a product of two activations) uses `act` for both operands.
+    A weightless site (a product of two activations) uses `act` for both operands. What a site puts out is rounded to
+    `out`, one scale for the tensor; where another site takes it as it is, the two share that quantizer.
 
     >>> import jaxq
     >>> jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8())
@@ -18,9 +19,10 @@ class Scheme:
 
     weight: Quantizer | None = None
     act: Quantizer | None = None
+    out: Quantizer | None = None
 
     def __post_init__(self):
-        for role, value in (("weight", self.weight), ("act", self.act)):
+        for role, value in self._roles():
             if value is not None and not isinstance(value, Quantizer):
                 raise TypeError(f"Scheme({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
         if self.weight is not None and self.weight.static:
@@ -32,10 +34,28 @@ class Scheme:
         if self.act is not None and self.act.group is not None:
             raise ValueError("activations take one scale per tensor or per token: drop group= from Scheme(act=)")
 
+        if self.out is not None:
+            self._check_out(self.out)
+
+    def _roles(self) -> tuple[tuple[str, Quantizer | None], ...]:
+        return ("weight", self.weight), ("act", self.act), ("out", self.out)
+
+    def _check_out(self, out: Quantizer) -> None:
+        """Raise for what, applied to its own result, gives another one: consumers round again what is rounded."""
+        if not out.per_tensor:
+            raise ValueError(
+                "an output has one scale, which all that read it can share: use Scheme(out=) per_tensor=True"
+            )
+        if out.fit is not None or (not out.static and not out.symmetric):
+            raise ValueError(
+                "fit= and zero points of an output need a range that stays: add calibrator= to Scheme(out=), such as "
+                "jaxq.minmax() or jaxq.mse(), and drop fit="
+            )
+
     def of(self, role: str) -> Quantizer | None:
-        """Return the quantizer of a role, `weight` or `act`."""
+        """Return the quantizer of an operand's role, `weight` or `act`."""
         return self.weight if role == "weight" else self.act
 
     def __repr__(self) -> str:
-        parts = [f"{role}={value!r}" for role, value in (("weight", self.weight), ("act", self.act)) if value]
+        parts = [f"{role}={value!r}" for role, value in self._roles() if value]
         return f"Scheme({', '.join(parts)})"

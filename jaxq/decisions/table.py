@@ -12,15 +12,20 @@ class Row(NamedTuple):
     flops: int
     weight: str
     act: str
+    out: str
     note: str
 
 
-HEADER = ("site", "op", "weight", "MFLOPs", "weights", "activations", "note")
+HEADER = ("site", "op", "weight", "MFLOPs", "weights", "activations", "outputs", "note")
 
 
 def render(rows: list[Row], summary: str) -> str:
-    """Return rows under a header, then the summary line."""
-    cells = [HEADER, *((r.site, r.op, r.weight_shape, f"{r.flops / 1e6:.3g}", r.weight, r.act, r.note) for r in rows)]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(HEADER))]
+    """Return rows under a header, then the summary line; outputs are a column where one is quantized."""
+    plain = all(r.out == "float" for r in rows)
+    full = [HEADER, *((*r[:3], f"{r.flops / 1e6:.3g}", *r[4:]) for r in rows)]
+    cells = [
+        [cell for name, cell in zip(HEADER, row, strict=True) if not (plain and name == "outputs")] for row in full
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", summary])

@@ -95,6 +95,27 @@ def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
     return to_codes(task, number, x, r).plain()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def round_output(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
+    """Return a site's output as its quantizer has it, one scale for all of it: straight through towards `y`."""
+    return _rounded(quantizer, y, hide(r))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
+    grid = (1,) * y.ndim
+    q = codecs.encode(quantizer, y, grid, _fixed(quantizer, r, grid)).plain()
+    # There is no code for NaN, which a lookup out of bounds is filled with.
+    return lax.select(lax.ne(y, y), y, q.decode(y.dtype))
+
+
+@_rounded.defjvp
+def _rounded_jvp(quantizer, primals, tangents):
+    y, r = primals
+    grid = (1,) * y.ndim
+    return _rounded(quantizer, y, r), _clipped(quantizer, lax.stop_gradient(y), grid, r, tangents[0])
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(task: Task, operands: tuple, coded: tuple, ranges: tuple, rest: tuple) -> jax.Array:
     """Run the operation on codes; `operands` are what they are codes of, which only the derivative looks at."""
@@ -155,6 +176,9 @@ def _imitation_jvp(task, number, primals, tangents):
 
 def _through(task: Task, number: int, x: jax.Array, r: Range | None, dx: jax.Array) -> jax.Array:
     """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
-    quantizer, grid, x = task.quantizers[number], _grid(task, number, x), lax.stop_gradient(x)
+    return _clipped(task.quantizers[number], lax.stop_gradient(x), _grid(task, number, x), r, dx)
+
+
+def _clipped(quantizer: Quantizer, x: jax.Array, grid: tuple[int, ...], r: Range | None, dx: jax.Array) -> jax.Array:
     inside = codecs.inside(quantizer, x, grid, _fixed(quantizer, r, grid))
     return dx if inside is None else lax.select(inside, dx, lax.full_like(dx, 0))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.decisions import resolve
-from jaxq.decisions.decision import Decision
+from jaxq.decisions.decision import Decision, Ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.interpretation import modules
@@ -33,14 +33,16 @@ from jaxq.programs.sites import Located, Path
 class Program:
     """A traced function with a decision for every site. The output tree is `(out, module changes)`.
 
-    weights: for each leaf of the call its index among the parameter leaves, or None.
+    supplied: for each decision the ranges of operands that are other sites' outputs (`resolve.supplied`); weights: for
+    each leaf of the call its index among the parameter leaves, or None.
     """
 
     body: jaxpr.Body
     out_structure: Any
     analysis: Analysis
     decisions: tuple[Decision, ...]
-    ranges: tuple[tuple[Range | None, ...], ...]
+    ranges: Ranges
+    supplied: Ranges
     weights: tuple[int | None, ...]
 
     @property
@@ -66,13 +68,14 @@ class Program:
         A static range says nothing of NaN in the data, which would pass for a number; so NaN in an input makes every
         static range NaN, and with it what comes out.
         """
-        triples = zip(self.analysis.located, self.decisions, self.ranges, strict=True)
-        alarm = self.alarm(leaves, not weights) if jax.tree.leaves(self.ranges) else None
-        return {
-            item.path: Given(tuple(r and _alarmed(r, alarm) for r in ranges), weights.get(decision.site.name))
-            for item, decision, ranges in triples
-            if decision.scheme is not None
-        }
+        ranges = [_all_ranges(*three) for three in zip(self.decisions, self.ranges, self.supplied, strict=True)]
+        alarm = self.alarm(leaves, not weights) if jax.tree.leaves(ranges) else None
+        channel = {}
+        for item, decision, own in zip(self.analysis.located, self.decisions, ranges, strict=True):
+            *inputs, out = (r and _alarmed(r, alarm) for r in own)
+            if decision.scheme is not None:
+                channel[item.path] = Given(tuple(inputs), weights.get(decision.site.name), out)
+        return channel
 
     def alarm(self, leaves: list, parameters: bool) -> jax.Array:
         """Return zero, or NaN where an array that enters in float holds NaN.
@@ -110,6 +113,13 @@ class Program:
         return self.body._replace(consts=tuple(hide(list(self.body.consts))))
 
 
+def _all_ranges(decision: Decision, own: tuple, supplied: tuple) -> tuple[Range | None, ...]:
+    """Return the static range of every operand, its own or that of the output it is, and of the site's output."""
+    inputs = own[: len(decision.site.operands)]
+    filled = tuple(a if b is None else b for a, b in zip(inputs, supplied or (None,) * len(inputs), strict=True))
+    return (*filled, own[-1] if decision.out else None)
+
+
 def _alarmed(r: Range, alarm: jax.Array) -> Range:
     """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull."""
     if jnp.ndim(r.count):
@@ -136,6 +146,7 @@ def load(fn: Callable, layout: Layout, leaves: list, policy: Policy | Plan, line
     if isinstance(policy, Plan):
         decisions, ranges = resolve.fit(policy, analysis.sites)
     else:
-        made = resolve.make(policy, analysis.sites)
-        decisions, ranges = made.decisions, made.ranges
-    return Program(body, jax.tree.structure(out), analysis, decisions, ranges, layout.weights)
+        policy = resolve.make(policy, analysis.sites, tuple(item.feeds for item in analysis.located))
+        decisions, ranges = policy.decisions, policy.ranges
+    supplied = resolve.supplied(policy, decisions)
+    return Program(body, jax.tree.structure(out), analysis, decisions, ranges, supplied, layout.weights)

@@ -13,21 +13,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.decisions.decision import Decision
-from jaxq.interpretation.numerics import Task, run_site, weight_codes
+from jaxq.interpretation.numerics import Task, round_output, run_site, weight_codes
 from jaxq.numbers import calibrators, histogram
 from jaxq.numbers.affine import observe
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.qarray import QArray
+from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs import jaxpr
 from jaxq.programs.sites import Located, Path
 
 
 class Given(NamedTuple):
-    """What a site is given from outside: static ranges per operand, and its weight's codes if they were converted."""
+    """What a site is given from outside: static ranges of its operands and of its output, and its weight's codes if
+    they were converted."""
 
     ranges: tuple[Range | None, ...]
     weight: QArray | None
+    out: Range | None = None
 
 
 class Rule(abc.ABC):
@@ -60,16 +63,22 @@ class Execute(Rule):
 
     def __call__(self, item, eqn, operands, given):
         del eqn
-        return [self.run(item, operands, given)], None
+        return [self.rounded(item, self.product(item, operands, given), given.out)], None
 
     def task(self, item: Located) -> Task:
         return Task(item.op, self.decisions[item.path].quantizers, item.weight)
 
-    def run(self, item: Located, operands: list, given: Given) -> jax.Array:
+    def product(self, item: Located, operands: list, given: Given) -> jax.Array:
+        """Return what a site computes from its quantized operands."""
         own = list(operands[: item.op.operands])
         if given.weight is not None:
             own[item.weight] = given.weight
         return run_site(self.task(item), tuple(own), given.ranges, tuple(operands[item.op.operands :]))
+
+    def rounded(self, item: Located, y: jax.Array, r: Range | None) -> jax.Array:
+        """Return what a site puts out: `y` as its output's quantizer has it."""
+        quantizer = self.decisions[item.path].out
+        return y if quantizer is None else round_output(quantizer, y, r)
 
     def merge(self, a, b):
         raise NotImplementedError("running observes nothing")
@@ -83,21 +92,27 @@ class Execute(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Observe(Rule):
-    """Record the range of every operand with a static quantizer; run the site as it was, or quantized."""
+    """Record the range of every operand and output with a static quantizer; run the site as it was, or quantized.
+
+    What is seen of an output is what it is before it is rounded.
+    """
 
     execute: Execute
     quantized: bool
 
     def __call__(self, item, eqn, operands, given):
         decision = self.execute.decisions[item.path]
-        pairs = zip(decision.quantizers, operands, strict=False)
-        seen = tuple(observe(q, x) if q is not None and q.static else None for q, x in pairs)
-        if not self.quantized:
-            return jaxpr.rebind(eqn, *operands), seen if any(r is not None for r in seen) else None
-        ranges = tuple(_first_sight(old, new) for old, new in zip(given.ranges, seen, strict=True))
-        return [self.execute.run(item, operands, given._replace(ranges=ranges))], seen if any(
-            r is not None for r in seen
-        ) else None
+        inputs = operands[: item.op.operands]
+        if self.quantized:
+            ranges = map(_at_first_sight, decision.quantizers, given.ranges, inputs)
+            y = self.execute.product(item, operands, given._replace(ranges=tuple(ranges)))
+            outs = [self.execute.rounded(item, y, _at_first_sight(decision.out, given.out, y))]
+        else:
+            outs = jaxpr.rebind(eqn, *operands)
+            y = outs[0]
+        values = [*inputs, y][: len(decision.ranged)]
+        seen = tuple(q and observe(q, x) for q, x in zip(decision.ranged, values, strict=True))
+        return outs, seen if any(r is not None for r in seen) else None
 
     def merge(self, a, b):
         return jax.tree.map(calibrators.merge, a, b, is_leaf=_is_range)
@@ -115,11 +130,11 @@ class Observe(Rule):
         return jax.tree.map(hull, seen, is_leaf=_is_range)
 
 
-def _first_sight(old: Range | None, new: Range | None) -> Range | None:
-    """Return the range to quantize with: the plan's, or what is seen right now where the plan has seen nothing."""
-    if old is None or new is None:
+def _at_first_sight(quantizer: Quantizer | None, old: Range | None, x: jax.Array) -> Range | None:
+    """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""
+    if quantizer is None or not quantizer.static or old is None:
         return old
-    return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
+    return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, observe(quantizer, x))
 
 
 def _is_range(node: Any) -> bool:

@@ -137,7 +137,9 @@ def _call(runner, policy, argnums, args, kwargs, watch=""):
 
 def _check_observed(program: Program, blank: Collection[str]) -> None:
     """Raise where a site that will run has a static range among the `blank` ones."""
-    unseen = [d.site.name for d in program.decisions if d.scheme is not None and d.site.name in blank]
+    active = [d for d in program.decisions if d.scheme is not None]
+    needed = [name for d in active for name in (*(fed.site for fed in d.fed if fed), d.site.name)]
+    unseen = [name for name in dict.fromkeys(needed) if name in blank]
     if unseen:
         raise ValueError(
             f"static ranges of these sites have seen no data: {', '.join(unseen)}; "
@@ -259,6 +261,6 @@ def updated(plan: Plan, seen: dict[str, tuple[Range | None, ...]]) -> Plan:
     ranges = []
     for decision, olds in zip(plan.decisions, plan.ranges, strict=True):
         news = seen.get(decision.site.name, (None,) * len(olds))
-        triples = zip(decision.quantizers, olds, news, strict=True)
+        triples = zip(decision.ranged, olds, news, strict=True)
         ranges.append(tuple(old if new is None else calibrators.update(q, old, new) for q, old, new in triples))
     return Plan(plan.decisions, tuple(ranges))

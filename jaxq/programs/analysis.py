@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxq.programs import jaxpr, ops
 from jaxq.programs.jaxpr import Body
 from jaxq.programs.provenance import CONSTANT, DATA, NONE, Around, Found, Value, flow, parameter
-from jaxq.programs.sites import Located, Operand, Path, Site
+from jaxq.programs.sites import Feed, Located, Operand, Path, Site
 
 Names = tuple[tuple[str, ...], ...]
 
@@ -208,8 +208,32 @@ def _locate(found: list[Found], names: Names, lines: bool) -> tuple[Located, ...
     # Sites first, so that no derived weight's inner product takes the name of the site it serves.
     order = sorted(range(len(parsed)), key=lambda n: bool(parsed[n].why))
     named = {n: namer.name(parsed[n].item, parsed[n].op, parsed[n].sources, parsed[n].scope) for n in order}
-    triples = enumerate(zip(parsed, stacks, strict=True))
-    return tuple(_located(p, named[n], stacked, names, lines) for n, (p, stacked) in triples)
+    makers = {p.item.path: _Maker(named[n], _loops(p.item, stacks[n])) for n, p in enumerate(parsed)}
+    located = [_located(p, named[n], stacks[n], names, lines) for n, p in enumerate(parsed)]
+    return tuple(
+        dataclasses.replace(one, feeds=_feeds(p.item, one, makers)) for one, p in zip(located, parsed, strict=True)
+    )
+
+
+class _Maker(NamedTuple):
+    """A site as what it puts out is told by: its name, and the scans that iterate over its weight, outermost first."""
+
+    name: str
+    loops: tuple[Path, ...]
+
+
+def _loops(item: Found, stacked: frozenset[Path]) -> tuple[Path, ...]:
+    return tuple(path for path, _ in item.around.loops if path in stacked)
+
+
+def _feeds(item: Found, located: Located, makers: dict[Path, _Maker]) -> tuple[Feed | None, ...]:
+    """Return whose output every operand is, where the layers that its maker has a range for are the site's own."""
+    loops, feeds = _loops(item, located.stacked), []
+    for value in item.operands[: located.op.operands]:
+        maker = makers.get(value.made.path) if value.made else None
+        fits = maker is not None and loops[: len(maker.loops)] == maker.loops
+        feeds.append(Feed(maker.name, value.made.whole, value.made.padded) if fits else None)
+    return tuple(feeds)
 
 
 def _clashes(all_sources: list[frozenset[int]], names: Names) -> set[tuple[str, ...]]:

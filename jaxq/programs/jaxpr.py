@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 from jax.extend import source_info_util
@@ -30,6 +31,20 @@ READ = prims.get_p
 SLICE = prims.dynamic_slice_p
 LOOKUPS = frozenset({GATHER, SLICE})
 SAME_VALUE = frozenset({CONVERT, prims.copy_p, lax.optimization_barrier_p, prims.sharding_constraint_p, prims.name_p})
+
+# What moves values and computes none: all of them; some of them; one of several operands' each time.
+MOVES = SAME_VALUE | {
+    TRANSPOSE,
+    prims.reshape_p,
+    prims.squeeze_p,
+    prims.broadcast_in_dim_p,
+    prims.rev_p,
+    prims.stop_gradient_p,
+}
+PICKS = frozenset({prims.slice_p, SLICE, prims.reduce_window_max_p, prims.reduce_max_p, prims.reduce_min_p})
+JOINS = frozenset({prims.max_p, prims.min_p, prims.concatenate_p})
+SELECT = prims.select_n_p
+PAD = prims.pad_p
 
 # Most of what a program consists of, known to hold no program in its parameters: not looked into, which saves time.
 ORDINARY = frozenset(
@@ -357,6 +372,11 @@ def scopes(eqn: Eqn) -> tuple[tuple[str, ...], bool]:
 def source_line(eqn: Eqn) -> str:
     """Return `file:line` of the user's code an equation comes from."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def is_zero(var: Any) -> bool:
+    """Tell whether an operand is a zero written into the program."""
+    return isinstance(var, Literal) and not np.any(var.val)
 
 
 def is_float(aval: Any) -> bool:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, Branches, Eqn, Loop, Manual, Opaque, While
-from jaxq.programs.sites import Leaf, Path
+from jaxq.programs.moves import ZERO, moved
+from jaxq.programs.sites import Leaf, Made, Path
 
 NONE: frozenset = frozenset()
 
@@ -21,7 +22,8 @@ class Value(NamedTuple):
 
     sources: parameter leaves it is made of; pure: of nothing but parameters and constants; leaf: set while it is one
     leaf, merely moved; near: leaves of the nearest upstream weights; variant: loops in which it changes from one
-    iteration to the next; product: downstream of a weightless product, no weight since.
+    iteration to the next; product: downstream of a weightless product, no weight since; made: set while it is the
+    output of one site, merely moved.
     """
 
     sources: frozenset[int] = NONE
@@ -30,9 +32,11 @@ class Value(NamedTuple):
     near: frozenset[int] = NONE
     variant: frozenset[Path] = NONE
     product: bool = False
+    made: Made | None = None
 
 
 CONSTANT = Value()
+ZEROS = Value(made=ZERO)
 DATA = Value(pure=False)
 
 
@@ -92,16 +96,20 @@ def flow(
     """
     env = dict(zip(body.invars, [*(constant for _ in body.consts), *args], strict=True))
     for number, eqn in enumerate(body.jaxpr.eqns):
-        ins = [CONSTANT if isinstance(v, jaxpr.Literal) else env[v] for v in eqn.invars]
+        ins = [_literal(v) if isinstance(v, jaxpr.Literal) else env[v] for v in eqn.invars]
         outs = _step(eqn, ins, (*path, number), around, visit)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [CONSTANT if isinstance(v, jaxpr.Literal) else env[v] for v in body.jaxpr.outvars]
 
 
+def _literal(literal: jaxpr.Literal) -> Value:
+    return ZEROS if jaxpr.is_zero(literal) else CONSTANT
+
+
 def _step(eqn: Eqn, ins: list[Value], path: Path, around: Around, visit: Visit) -> list[Value]:
     if jaxpr.is_site_primitive(eqn) or _is_lookup(eqn, ins):
         visit(Found(path, eqn, tuple(ins), around))
-        return [_product(eqn, ins)] * len(eqn.outvars)
+        return [_product(eqn, ins, path)] * len(eqn.outvars)
     sub = jaxpr.subprogram(eqn)
     if sub is None:
         return [_move(eqn, ins)] * len(eqn.outvars)
@@ -117,7 +125,14 @@ def _step(eqn: Eqn, ins: list[Value], path: Path, around: Around, visit: Visit) 
         return _opaque(eqn, sub, ins, path, inner, visit)
     if isinstance(sub, Manual):
         inner = inner._replace(manual=True)
+        outs = flow(sub.body, [_part(v) for v in ins], (*path, 0), inner, visit)
+        return [_part(v) for v in outs]
     return flow(sub.body, ins, (*path, 0), inner, visit)
+
+
+def _part(value: Value) -> Value:
+    """Return the value of a slice of an array, or of slices put together."""
+    return value if value.made is None else value._replace(made=value.made._replace(whole=False))
 
 
 def _is_lookup(eqn: Eqn, ins: list[Value]) -> bool:
@@ -133,11 +148,12 @@ def _takes_rows(eqn: Eqn) -> bool:
     return any(size == n > 1 for size, n in pairs) and any(size != n for size, n in pairs)
 
 
-def _product(eqn: Eqn, ins: list[Value]) -> Value:
+def _product(eqn: Eqn, ins: list[Value], path: Path) -> Value:
     """Return the value of a site's output: its nearest weights are its own, or its operands' if it has none."""
-    out = join(ins)._replace(leaf=None)
+    out = join(ins)._replace(leaf=None, made=None)
     if out.pure:
         return out
+    out = out._replace(made=Made(path))
     weights = [v for v in ins if v.pure and v.sources]
     if weights:
         return out._replace(sources=NONE, near=frozenset().union(*(v.sources for v in weights)), product=False)
@@ -150,8 +166,13 @@ def _move(eqn: Eqn, ins: list[Value]) -> Value:
         out = join(ins)
         return Value(NONE, False, None, out.near, out.variant, out.product)
     impure = [v for v in ins if not v.pure]
-    if impure:
-        return _data(impure, ins)
+    out = _data(impure, ins) if impure else _derived(eqn, ins)
+    made = moved(eqn, [v.made for v in ins])
+    return out if out.made == made else out._replace(made=made)
+
+
+def _derived(eqn: Eqn, ins: list[Value]) -> Value:
+    """Return the value of what is computed from parameters and constants alone."""
     out = join(ins)
     if out.leaf is None or eqn.primitive in jaxpr.SAME_VALUE:
         return out
@@ -210,7 +231,7 @@ def _loop(loop: Loop, ins: list[Value], path: Path, around: Around, visit: Visit
     carries = _fixpoint(run, inits, still, path)
     outs = run(carries, visit)
     finals = [join([_leave(a, path), _leave(b, path)]) for a, b in zip(carries, outs, strict=False)]
-    return finals + [_leave(v, path)._replace(leaf=None) for v in outs[loop.carries :]]
+    return finals + [_part(_leave(v, path)._replace(leaf=None)) for v in outs[loop.carries :]]
 
 
 def _slice(value: Value, path: Path) -> Value:
@@ -219,7 +240,7 @@ def _slice(value: Value, path: Path) -> Value:
     if leaf is not None:
         order = leaf.permutation
         leaf = Leaf(leaf.index, tuple(a - 1 for a in order[1:])) if order and order[0] == 0 else None
-    return value._replace(leaf=leaf, variant=value.variant | {path})
+    return _part(value._replace(leaf=leaf, variant=value.variant | {path}))
 
 
 def _while(loop: While, ins: list[Value], path: Path, around: Around, visit: Visit) -> list[Value]:
@@ -249,4 +270,4 @@ def _opaque(eqn: Eqn, sub: Opaque, ins: list[Value], path: Path, around: Around,
     for n, body in enumerate(sub.bodies):
         args = [DATA] * (len(body.invars) - len(body.consts))
         flow(body, args, (*path, n), inner, visit)
-    return [join(ins)._replace(leaf=None)] * len(eqn.outvars)
+    return [join(ins)._replace(leaf=None, made=None)] * len(eqn.outvars)

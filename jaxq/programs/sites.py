@@ -79,11 +79,28 @@ class Leaf(NamedTuple):
     permutation: tuple[int, ...]
 
 
+class Made(NamedTuple):
+    """The output of one site, merely moved since. path: the site's; whole: no value was left out on the way; padded:
+    zeros were put in."""
+
+    path: Path
+    whole: bool = True
+    padded: bool = False
+
+
+class Feed(NamedTuple):
+    """Which site's output an operand is, merely moved; whole, padded: as in `Made`."""
+
+    site: str
+    whole: bool
+    padded: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Located:
     """A site in one program. weight: index of its weight operand; leaf: the parameter leaf the weight is, if it is one;
     sources: all leaves it is made of; stacked: paths of the scans that iterate over it; convertible: whether its codes
-    can be computed ahead of time."""
+    can be computed ahead of time; feeds: for each operand the site whose output it is, if it is one."""
 
     site: Site
     path: Path
@@ -93,3 +110,4 @@ class Located:
     sources: tuple[int, ...]
     stacked: frozenset[Path]
     convertible: bool
+    feeds: tuple[Feed | None, ...] = ()
