@@ -54,7 +54,7 @@ def some_codes(rng, shape, grid, kind):
     q = jaxq.QArray(
         jnp.asarray(codes.astype(np.int8 if signed else np.uint8)),
         jnp.asarray(scale),
-        None if zero is None else jnp.asarray(zero.astype(np.int32)),
+        None if zero is None else jnp.asarray(zero.astype(np.int8 if signed else np.uint8)),
         jaxq.Int(bits, signed),
         jnp.float32,
     )
@@ -66,7 +66,7 @@ def constant_codes(shape, code, zero=None, signed=True, scale=1.0):
     """Return a QArray all of whose codes are `code`."""
     codes = jnp.full(shape, code, jnp.int8 if signed else jnp.uint8)
     ones = (1,) * len(shape)
-    zero = None if zero is None else jnp.full(ones, zero, jnp.int32)
+    zero = None if zero is None else jnp.full(ones, zero, codes.dtype)
     return jaxq.QArray(codes, jnp.full(ones, scale, jnp.float32), zero, jaxq.Int(8, signed), jnp.float32)
 
 

@@ -12,7 +12,7 @@ def signed(q: QArray) -> tuple[jax.Array, jax.Array | None]:
     Mixed signs and other types have no fast kernel on the backends, so there is one form only.
     """
     if q.codes.dtype == jnp.int8:
-        return q.codes, q.zero_point
+        return q.codes, None if q.zero_point is None else q.zero_point.astype(jnp.int32)
     codes = (q.codes.astype(jnp.int16) - 128).astype(jnp.int8)
-    zero = jnp.zeros(q.scale.shape, jnp.int32) if q.zero_point is None else q.zero_point
+    zero = jnp.zeros(q.scale.shape, jnp.int32) if q.zero_point is None else q.zero_point.astype(jnp.int32)
     return codes, zero - 128

@@ -18,7 +18,8 @@ def lookup(op: Embedding, table: jax.Array | QArray, indices: Sequence[jax.Array
         return op.apply(table.decode(), *indices)
     codes, table = _codes(op, table, indices), table.plain()
     if table.zero_point is not None:
-        codes = codes.astype(jnp.int32) - op.apply(_thin(op, table, table.zero_point), *indices, fill_value=0)
+        zero = op.apply(_thin(op, table, table.zero_point), *indices, fill_value=0)
+        codes = codes.astype(jnp.int32) - zero.astype(jnp.int32)
     scale = op.apply(_thin(op, table, table.scale), *indices)
     rows = codes.astype(jnp.float32) * scale
     return jnp.where(jnp.isinf(scale), rows.astype(op.out_dtype), as_type(rows, op.out_dtype))

@@ -31,7 +31,8 @@ LARGEST = np.finfo(np.float32).max
 
 
 class Affine(NamedTuple):
-    """The map from codes to reals: `x ~ scale * (code - zero_point)`; zero_point is None when symmetric."""
+    """The map from codes to reals: `x ~ scale * (code - zero_point)`; zero_point, of the codes' type, is None when
+    symmetric."""
 
     scale: jax.Array
     zero_point: jax.Array | None
@@ -73,7 +74,7 @@ def affine_of(quantizer: Quantizer, r: Range) -> Affine:
     half = lax.mul(r.hi, np.float32(0.5)) - lax.mul(r.lo, np.float32(0.5))
     scale = _power_of_two(quantizer, step(half, 0.5 * (high - low)))
     zero = lax.clamp(np.float32(low), _round(np.float32(low) - lax.div(r.lo, scale)), np.float32(high))
-    return Affine(scale, lax.convert_element_type(zero, jnp.int32))
+    return Affine(scale, lax.convert_element_type(zero, quantizer.format.storage))
 
 
 def affine_for(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
@@ -103,6 +104,7 @@ def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
             scale = clipping.mse_scale(rows, low, high)
         else:
             scale, zero = (lax.reshape(part, grid) for part in clipping.mse_affine(rows, low, high))
+            zero = lax.convert_element_type(zero, quantizer.format.storage)
     elif isinstance(quantizer.fit, MeanAbs):
         scale = means.mean_abs(rows)
     else:

@@ -42,8 +42,8 @@ class QArray:
 
     stored: the codes, [*shape] in `format.storage`, or bytes where `packing` says so; scale: each dimension divides the
     codes', float32, or uint8 exponents of two (MX), or float8 to be multiplied by `outer` (NVFP4), or None for
-    codebooks; zero_point: int32 of the scale's shape, or None for a symmetric array; table: float32 [*grid, size] of a
-    codebook's centroids. `dtype` is that of the float array this stands for.
+    codebooks; zero_point: in `format.storage`, of the scale's shape, or None for a symmetric array; table: float32
+    [*grid, size] of a codebook's centroids. `dtype` is that of the float array this stands for.
 
     >>> import jax.numpy as jnp, jaxq
     >>> q = jaxq.int8()(jnp.array([[1.0, -2.0], [0.5, 4.0]]))
