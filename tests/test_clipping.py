@@ -179,6 +179,52 @@ def test_affine_mse_is_near_brute_force(bits):
     assert (squared_error(x, scale, zero, low, high) <= 1.01 * least).all()
 
 
+def least_of_few(x, low, high) -> float:
+    """Return the least error that any scale leaves of one block, exactly: one candidate for every way to round.
+
+    As the scale falls, |x| goes from code c - 1 to c at |x| / (c - 1/2); codes n are best served by sum xn / sum nn.
+    """
+    at, products, squares = [], [], []
+    for size, count in ((abs(v), int(high if v > 0 else -low)) for v in x if v):
+        c = np.arange(1, count + 1)
+        at, products, squares = [*at, *(size / (c - 0.5))], [*products, *(c * 0 + size)], [*squares, *(2 * c - 1)]
+    order = np.argsort(at)[::-1]
+    a, b = np.cumsum(np.array(products)[order]), np.cumsum(np.array(squares)[order])
+    best = np.argsort(a * a / b)[-50:]
+    return min(squared_error(x, s, 0, low, high) for s in (a / b)[best])
+
+
+def least_affine_of_few(x, low, high) -> np.ndarray:
+    """Return the least error of [blocks, n] for zero points next to those that clip one end or neither."""
+    lo, hi, least = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0), np.inf
+    for factor in 2 ** np.arange(-0.06, 1, 1 / 2000):
+        s = (hi - lo) / (high - low) * factor
+        first, last = low - np.round(lo / s), high - np.round(hi / s)
+        for zero in (np.clip(z, low, high) for z in (first, last, np.round((first + last) / 2))):
+            n = np.clip(np.round(x / s[:, None]), (low - zero)[:, None], (high - zero)[:, None])
+            least = np.minimum(least, ((x - ((x * n).sum(1) / (n * n).sum(1))[:, None] * n) ** 2).sum(1))
+    return least
+
+
+@pytest.mark.parametrize("n", [4, 8, 32, 49, 100])
+def test_small_blocks_are_within_three_thousandths_of_the_least_error(n):
+    x = np.random.default_rng(n).standard_normal((16, n)).astype(np.float32)
+    for low, high in np.float32([(-127, 127), (-128, 127), (-7, 7), (-2, 1)]):
+        error = squared_error(x, mse_scale(x, low, high), np.zeros(16), low, high)
+        least = np.array([least_of_few(np.float64(row), low, high) for row in x])
+        assert (error <= 1.003 * least + 1e-12 * (x**2).sum(1)).all()
+
+
+@pytest.mark.parametrize("n", [8, 32])
+def test_small_affine_blocks_are_within_three_thousandths_of_the_least_error(n):
+    x = (np.random.default_rng(n).standard_normal((16, n)) + 0.5).astype(np.float32)
+    for low, high in [(-128, 127), (0, 255)]:
+        scale, zero = clipping.mse_affine(x, low, high)
+        assert (zero >= low).all() and (zero <= high).all()
+        least = least_affine_of_few(np.float64(x), low, high)
+        assert (squared_error(x, scale, zero, low, high) <= 1.003 * least + 1e-12 * (x**2).sum(1)).all()
+
+
 def test_mse_scale_of_small_blocks_of_outliers_and_of_codes():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((64, 32)).astype(np.float32)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.numbers import smallfit
 from jaxq.numbers.histogram import HALF, NOT_FINITE, SMALLEST, Histogram, width
+from jaxq.numbers.smallfit import TINY
 
 Ends = tuple[jax.Array, jax.Array]
 
-# A scale below this has a reciprocal that overflows.
-TINY = np.float32(2.0**-120)
 LARGEST = np.finfo(np.float32).max
 # The edges of the bins, in widths.
 EDGES = np.arange(-HALF, HALF + 1, dtype=np.float32)
@@ -180,7 +180,10 @@ def _over_values(search: Callable, values: jax.Array, low: int, high: int) -> tu
 
     seen = jnp.where(jnp.isfinite(values), lax.convert_element_type(values, jnp.float32), np.float32(np.inf))
     lo, hi = seen.min(1, initial=0), seen.max(1, initial=0)
-    scale, zero = search(error, (lo, hi), low, high)
+    if smallfit.is_small(values.shape[1], low, high):
+        scale, zero, _ = SMALL[search](jnp.where(seen < np.inf, quarter, 0), (lo, hi), low, high)
+    else:
+        scale, zero = search(error, (lo, hi), low, high)
     return jnp.where(hi < np.inf, scale, np.nan), zero
 
 
@@ -220,6 +223,9 @@ def _best_affine(error: Callable, ends: Ends, low: int, high: int) -> tuple[jax.
         return error(scale, zero) * (scale / whole) ** 2
 
     return affine(_sweep(cost, whole, ENDS_SWEEPS))
+
+
+SMALL: dict[Callable, Callable] = {_best_scale: smallfit.scale, _best_affine: smallfit.affine}
 
 
 def _sweep(cost: Callable, like: jax.Array, sweeps: Sequence[np.ndarray]) -> jax.Array:
