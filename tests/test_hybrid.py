@@ -62,8 +62,14 @@ DYNAMIC = {
     "bfloat16": jaxq.bfloat16(),
     "binary": jaxq.binary(),
     "ternary": jaxq.ternary(),
+    "int8_group": jaxq.int8(group=16),
+    "mxint8": jaxq.mxint8(),
+    "mxfp8": jaxq.mxfp8(),
+    "mxfp4": jaxq.mxfp4(),
+    "nvfp4": jaxq.nvfp4(),
 }
-PER_TENSOR = ("fixed8", "fixed4", "dynamic_fixed", "kmeans", "bfloat16")
+# A scale, of the first kind or of the second, for the whole tensor.
+PER_TENSOR = ("fixed8", "fixed4", "dynamic_fixed", "kmeans", "bfloat16", "nvfp4")
 CALIBRATORS = {
     "minmax": jaxq.minmax(),
     "percentile": jaxq.percentile(98.0),
@@ -420,6 +426,7 @@ JUDGES = {
     "int8": symmetric(8),
     "int8_asymmetric": asymmetric(-128, 127),
     "int8_full": symmetric(8, -128),
+    "int8_group": symmetric(8),
     "int4": symmetric(4),
     "int4_group": symmetric(4),
     "int2": symmetric(2),
@@ -436,6 +443,7 @@ JUDGES = {
     "float8": small_float(E4M3, lambda x, axis: absmax(x, axis) / 448, 448),
     "bfloat16": bfloat,
     "mxint8": mx_int8,
+    "mxfp8": small_float(E4M3, lambda x, axis: micro(x, axis, 8), 448),
     "mxfp4": small_float(E2M1, lambda x, axis: micro(x, axis, 2), 6),
     "nvfp4": small_float(E2M1, nested, 6),
 }
@@ -526,7 +534,7 @@ def test_weights_times_float_activations(name):
 def test_dynamic_activations(name):
     h, got = served("dynamic")["stem"], served("dynamic")[name]
     exact = {"fixed8": fixed_point(8, 4), "fixed4": fixed_point(4, 0)}.get(name)
-    values, doubt = exact(float64(h), 1) if exact else judged(name, h, 1)
+    values, doubt = exact(float64(h), 1) if exact else judged(name, h, 1, group=DYNAMIC[name].group)
     assert_product(got, values, float64(case("dynamic").converted[name].decode()), doubt)
 
 
@@ -1072,7 +1080,6 @@ def test_a_hybrid_plan_prints_every_site_with_its_format():
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "group of activations": (lambda: Scheme(act=jaxq.int8(group=8)), "drop group= from Scheme"),
     "static weight": (lambda: Scheme(weight=STATIC["minmax"]), "drop calibrator= from Scheme"),
     "static codebook weight": (lambda: Scheme(weight=STATIC["kmeans"]), "drop calibrator= from Scheme"),
     "unsigned symmetric weight": (lambda: Scheme(weight=jaxq.uint8(symmetric=True)), r"use jaxq\.uint8\(\)"),

@@ -114,7 +114,7 @@ def _check_sums(decision: Decision) -> None:
 
 
 def _check_grids(decision: Decision) -> None:
-    """Raise where groups do not divide the contracted axis, or where the op has no integer kernel for groups."""
+    """Raise where groups do not divide the contracted axis, or where the operation cannot sum them."""
     site = decision.site
     for operand, quantizer in zip(site.operands, decision.quantizers, strict=True):
         if quantizer is None:
@@ -123,11 +123,35 @@ def _check_grids(decision: Decision) -> None:
             quantizer.grid(operand.shape, operand.contracted)
         except ValueError as error:
             raise ValueError(f"site '{site.name}': {error}; choose another group=") from None
-        if quantizer.group and decision.is_integer and site.op in ("conv_general_dilated", "ragged_dot"):
-            raise ValueError(
-                f"site '{site.name}': {site.op} has no integer kernel for weights in groups; "
-                "use weight_only(...) there, or drop group="
-            )
+        if quantizer.group and site.op in ("conv_general_dilated", "ragged_dot"):
+            _check_ungrouped(decision, operand.role)
+    _check_nested(decision)
+
+
+def _check_ungrouped(decision: Decision, role: str) -> None:
+    """Raise for groups at an operation whose sums are not cut into groups."""
+    site = decision.site
+    if role == "act":
+        part = "image" if site.op == "conv_general_dilated" else "token"
+        raise ValueError(
+            f"site '{site.name}': {site.op} takes activations with one scale per {part} or tensor; "
+            "drop group= from Scheme(act=) there"
+        )
+    if decision.is_integer:
+        raise ValueError(
+            f"site '{site.name}': {site.op} has no integer kernel for weights in groups; "
+            "use weight_only(...) there, or drop group="
+        )
+
+
+def _check_nested(decision: Decision) -> None:
+    """Raise where both operands come in groups and a group of one does not hold whole groups of the other."""
+    groups = sorted(q.group for q in decision.quantizers if q is not None and q.group)
+    if decision.is_integer and len(groups) == 2 and groups[1] % groups[0]:
+        raise ValueError(
+            f"site '{decision.site.name}' multiplies groups of {groups[0]} by groups of {groups[1]}, which do not "
+            "nest; make one group= a multiple of the other"
+        )
 
 
 # --- a plan on another program ---------------------------------------------------------------------------------------

@@ -31,8 +31,6 @@ class Scheme:
             raise ValueError(
                 "unsigned symmetric codes clip every negative weight: use jaxq.uint8(), which has a zero point"
             )
-        if self.act is not None and self.act.group is not None:
-            raise ValueError("activations take one scale per tensor or per token: drop group= from Scheme(act=)")
 
         if self.out is not None:
             self._check_out(self.out)

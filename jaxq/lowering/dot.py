@@ -116,20 +116,16 @@ def _grouped_axis(op: Dot, lhs: QArray, rhs: QArray) -> int:
 
 
 def _split(q: QArray, axis: int, count: int) -> QArray:
-    """Return `q` with the groups of `axis` as a new leading axis."""
+    """Return `q` with `count` parts of `axis` as a new leading axis; a group may hold several."""
 
-    def split(x: jax.Array | None, full: bool) -> jax.Array | None:
-        if x is None:
-            return None
-        parts = count if full or x.shape[axis] != 1 else 1
-        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    def split(x: jax.Array) -> jax.Array:
+        shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    scale, zero = split(q.scale, False), split(q.zero_point, False)
-    grid = (count, *scale.shape[1:])
-    scale = jnp.broadcast_to(scale, grid)
-    zero = None if zero is None else jnp.broadcast_to(zero, grid)
-    return QArray(split(q.codes, True), scale, zero, q.format, q.dtype)
+    def each(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else split(jnp.repeat(x, count // x.shape[axis], axis))
+
+    return QArray(split(q.codes), each(q.scale), each(q.zero_point), q.format, q.dtype)
 
 
 def _with_group(op: Dot) -> Dot:
