@@ -13,6 +13,7 @@ from jaxq.decisions.plan import Plan as Plan
 from jaxq.decisions.recipes import Uniform as Uniform
 from jaxq.decisions.recipes import w8a8 as w8a8
 from jaxq.decisions.recipes import weight_only as weight_only
+from jaxq.decisions.scheme import Backward as Backward
 from jaxq.decisions.scheme import Scheme as Scheme
 from jaxq.interpretation.calibrate import calibrate as calibrate
 from jaxq.interpretation.convert import convert as convert

@@ -139,9 +139,11 @@ def _row(decision: Decision) -> table.Row:
     act = " and ".join(dict.fromkeys(repr(q) for q in acts if q is not None)) or "float"
     out = repr(decision.out) if decision.out else "float"
     makers = list(dict.fromkeys(fed.site for fed in decision.fed if fed))
-    note = decision.reason or (f"takes the output of {' and '.join(makers)}" if makers else "")
+    notes = [decision.reason] if decision.reason else []
+    notes += [f"takes the output of {' and '.join(makers)}"] if makers else []
+    notes += [f"backward {scheme.grad!r}"] if scheme and scheme.grad else []
     shape = "x".join(str(n) for n in (*site.stack, *site.weight.shape)) if site.weight else "-"
-    return table.Row(site.name, site.op, shape, site.flops, weight, act, out, note)
+    return table.Row(site.name, site.op, shape, site.flops, weight, act, out, ", ".join(notes))
 
 
 def _summary(plan: Plan) -> str:

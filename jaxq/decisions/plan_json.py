@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
-from jaxq.decisions.scheme import Scheme
+from jaxq.decisions.scheme import Backward, Scheme
 from jaxq.numbers import spec
 from jaxq.numbers.calibrators import Calibrator, Range
 from jaxq.numbers.fits import Fit
@@ -19,7 +19,7 @@ from jaxq.programs.sites import Operand, Site
 
 VERSION = 1
 RULES = (*typing.get_args(Calibrator), *typing.get_args(Fit), *typing.get_args(Scaling))
-TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Scheme, Operand, Site, Fed, Decision)}
+TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
 
 
 def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:

@@ -33,6 +33,7 @@ def make(policy: Policy, sites: Sequence[Site], feeds: Feeds) -> Plan:
     for decision in decisions:
         if decision.scheme is not None:
             _check_sums(decision)
+            _check_backward(decision)
             _check_grids(decision)
     wanted = [site.name for site, choice in zip(sites, choices, strict=True) if choice.scheme and _is_pure(site)]
     if wanted and not any(decision.scheme for decision in decisions):
@@ -64,7 +65,8 @@ def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
     """Return the part of a scheme that a site can use, and why the rest is not used."""
     has_weight = site.weight is not None
     has_act = any(operand.role == "act" for operand in site.operands)
-    own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out)
+    grad = scheme.grad if len(site.operands) == 2 else None  # a lookup is differentiated without a product
+    own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out, grad)
     if own != Scheme():
         return own, ""
     if scheme.weight is not None:
@@ -111,6 +113,27 @@ def _check_sums(decision: Decision) -> None:
             f"in int32, where {INT32_MAX // reach} fit; leave it in float with {{'{site.name}': None}}, "
             "use fewer bits, or split the contraction"
         )
+
+
+def _check_backward(decision: Decision) -> None:
+    """Raise where a site's backward products have no integer kernel, or sum more than fits in int32."""
+    site, backward = decision.site, decision.scheme.backward
+    if backward is None:
+        return
+    if site.op == "ragged_dot":
+        raise ValueError(f"site '{site.name}': ragged_dot has no backward products in low precision; drop grad= there")
+    if any(q is not None and not q.symmetric for q in decision.quantizers):
+        raise ValueError(f"site '{site.name}': with grad= no operand has a zero point; drop symmetric=False upstream")
+    for number, (operand, count) in enumerate(zip(site.operands, site.reuse, strict=True)):
+        pair = backward.of(operand.role), decision.quantizer(1 - number)
+        if not isinstance(count, int) or not all(q is not None and q.integer for q in pair):
+            continue
+        fits = INT32_MAX // (pair[0].reach() * pair[1].reach())
+        if count > fits:
+            raise ValueError(
+                f"site '{site.name}': its gradient by the {operand.role} sums {count} products in int32, where {fits} "
+                f"fit; keep it wide with grad=jaxq.Backward(...), or compute the gradient of fewer examples at a time"
+            )
 
 
 def _check_grids(decision: Decision) -> None:
@@ -201,6 +224,7 @@ def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple
     decision = dataclasses.replace(decision, site=site)
     if decision.scheme is not None:
         _check_sums(decision)
+        _check_backward(decision)
     return decision, ranges
 
 

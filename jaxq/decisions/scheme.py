@@ -6,11 +6,42 @@ from jaxq.numbers.quantizers import Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
+class Backward:
+    """Quantizers of the gradient that comes in from above, by what it is multiplied for: None keeps a product wide.
+
+    act: for the gradient that goes on, to an activation; weight: for the gradient by the weight. With the latter wide,
+    this is SwitchBack (Wortsman et al. 2023, section 2.2).
+
+    >>> import jaxq
+    >>> jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8()))
+    Scheme(weight=int8 per channel, act=int8 per channel, grad=Backward(act=int8 per channel, weight=None))
+    """
+
+    act: Quantizer | None = None
+    weight: Quantizer | None = None
+
+    def __post_init__(self):
+        for role, value in (("act", self.act), ("weight", self.weight)):
+            if value is not None and not isinstance(value, Quantizer):
+                raise TypeError(f"Backward({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
+            if value is not None and (value.static or value.group or not value.symmetric):
+                raise ValueError(
+                    f"gradients change at every step: Backward({role}=) takes a dynamic, symmetric quantizer without "
+                    f"groups, such as jaxq.int8(), got {value!r}"
+                )
+
+    def of(self, role: str) -> Quantizer | None:
+        """Return the quantizer for the gradient by an operand of a role, `weight` or `act`."""
+        return self.weight if role == "weight" else self.act
+
+
+@dataclasses.dataclass(frozen=True)
 class Scheme:
     """Quantizers by role, never by side: `weight`, `act` for the operands, `out` for the result. `Scheme()` is float.
 
     A weightless site (a product of two activations) uses `act` for both operands. What a site puts out is rounded to
-    `out`, one scale for the tensor; where another site takes it as it is, the two share that quantizer.
+    `out`, one scale for the tensor; where another site takes it as it is, the two share that quantizer. `grad` is how
+    the products of the backward pass are quantized in `qat`: a quantizer for both of them, or a `Backward`.
 
     >>> import jaxq
     >>> jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8())
@@ -20,6 +51,7 @@ class Scheme:
     weight: Quantizer | None = None
     act: Quantizer | None = None
     out: Quantizer | None = None
+    grad: Quantizer | Backward | None = None
 
     def __post_init__(self):
         for role, value in self._roles():
@@ -34,6 +66,8 @@ class Scheme:
 
         if self.out is not None:
             self._check_out(self.out)
+        if self.grad is not None:
+            self._check_grad()
 
     def _roles(self) -> tuple[tuple[str, Quantizer | None], ...]:
         return ("weight", self.weight), ("act", self.act), ("out", self.out)
@@ -50,10 +84,27 @@ class Scheme:
                 "jaxq.minmax() or jaxq.mse(), and drop fit="
             )
 
+    def _check_grad(self) -> None:
+        """Raise where the operands' codes cannot be multiplied with a gradient's."""
+        if not isinstance(self.grad, (Quantizer, Backward)):
+            raise TypeError(f"Scheme(grad=) takes a quantizer or a jaxq.Backward, got {self.grad!r}")
+        assert self.backward is not None  # and it is one that gradients can have
+        for role, value in (("weight", self.weight), ("act", self.act)):
+            if value is not None and (not value.symmetric or value.group is not None):
+                raise ValueError(
+                    f"with Scheme(grad=) the codes of operands are multiplied with those of gradients, which takes one "
+                    f"scale and no zero point along what is summed: drop group= and symmetric=False from {role}="
+                )
+
+    @property
+    def backward(self) -> Backward | None:
+        """How the backward products are quantized; a quantizer alone is for both of them."""
+        return Backward(self.grad, self.grad) if isinstance(self.grad, Quantizer) else self.grad
+
     def of(self, role: str) -> Quantizer | None:
         """Return the quantizer of an operand's role, `weight` or `act`."""
         return self.weight if role == "weight" else self.act
 
     def __repr__(self) -> str:
-        parts = [f"{role}={value!r}" for role, value in self._roles() if value]
+        parts = [f"{role}={value!r}" for role, value in (*self._roles(), ("grad", self.grad)) if value]
         return f"Scheme({', '.join(parts)})"

@@ -3,7 +3,8 @@
 Equations that contain no active site are issued again untouched, so custom derivatives, effects, shardings and
 callbacks survive by construction; those that do are re-issued through JAX's public transforms with the interpreter
 inside. Two one-way channels run beside the values, keyed by the site's path: `given` goes in, observations come out.
-In a scan both have a leading axis where the site's weight differs by iteration, and are shared where it does not.
+In a scan both have a leading axis where the site's weight differs by iteration, and are shared where it does not;
+random keys differ by iteration in every loop.
 """
 
 import dataclasses
@@ -28,6 +29,14 @@ Seen = dict[Path, Any]
 def _below(channel: dict[Path, Any], path: Path) -> dict[Path, Any]:
     depth = len(path)
     return {key: value for key, value in channel.items() if key[:depth] == path}
+
+
+def _keys(channel: Channel) -> dict[Path, jax.Array]:
+    return {path: given.key for path, given in channel.items() if given.key is not None}
+
+
+def _with_keys(channel: Channel, keys: dict[Path, jax.Array | None]) -> Channel:
+    return {path: given._replace(key=keys.get(path)) for path, given in channel.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +110,21 @@ class Interpreter:
     def loop(self, eqn: Eqn, sub: Loop, operands, channel, path):
         del eqn
         inner = _below(channel, path)
+        keys = {key: jax.random.split(value, sub.length) for key, value in _keys(inner).items()}
+        inner = _with_keys(inner, {})
         stacked = {key: value for key, value in inner.items() if path in self.sites[key].stacked}
         shared = {key: value for key, value in inner.items() if key not in stacked}
         first, last = sub.constants, sub.constants + sub.carries
 
         def step(carry, scanned):
-            xs, given = scanned
+            xs, given, own = scanned
             args = [*operands[:first], *carry, *xs]
-            outs, seen = self.run(sub.body, args, {**shared, **given}, (*path, 0))
+            outs, seen = self.run(sub.body, args, _with_keys({**shared, **given}, own), (*path, 0))
             return outs[: sub.carries], (outs[sub.carries :], seen)
 
         carried = sub.body.jaxpr.invars[first:last]
         inits = [_strong(x, v) for x, v in zip(operands[first:last], carried, strict=True)]
-        xs = (operands[last:], stacked)
+        xs = (operands[last:], stacked, keys)
         carry, (ys, seen) = lax.scan(step, inits, xs, length=sub.length, reverse=sub.reverse, unroll=sub.unroll)
         merged = {k: v if path in self.sites[k].stacked else self.rule.merge_axis(v) for k, v in seen.items()}
         return [*carry, *ys], merged
@@ -126,25 +137,29 @@ class Interpreter:
         def goes_on(carry):
             return self.run(sub.condition, [*tests, *carry], channel, (*path, 0))
 
-        def body(carry):
+        def body(carry, channel=channel):
             return self.run(sub.body, [*constants, *carry], channel, (*path, 1))
 
         if self.rule.once:
             return inits, {**goes_on(inits)[1], **body(inits)[1]}
 
-        def watched(carry):
+        def watched(carry, channel=channel):
             """Run the body; its condition, which cannot report by itself, is asked once more for what it sees."""
-            outs, seen = body(carry)
+            outs, seen = body(carry, channel)
             return outs, {**goes_on(carry)[1], **seen}
 
         blank = _zeros(jax.eval_shape(lambda c: watched(c)[1], inits))
 
         def step(state):
-            carry, seen = state
-            outs, new = watched(carry) if blank else body(carry)
-            return outs, {key: self.rule.merge(seen[key], new[key]) for key in new}
+            carry, seen, keys = state
+            given = _with_keys(channel, keys)
+            outs, new = watched(carry, given) if blank else body(carry, given)
+            later = {key: jax.random.fold_in(value, 1) for key, value in keys.items()}
+            return outs, {key: self.rule.merge(seen[key], new[key]) for key in new}, later
 
-        carry, seen = lax.while_loop(lambda state: goes_on(state[0])[0][0], step, (inits, blank))
+        carry, seen, _ = lax.while_loop(
+            lambda state: goes_on(state[0])[0][0], step, (inits, blank, _keys(_below(channel, path)))
+        )
         last = goes_on(carry)[1] if blank else {}
         return carry, {**seen, **{key: self.rule.merge(seen[key], last[key]) for key in last}}
 

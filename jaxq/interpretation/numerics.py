@@ -16,6 +16,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxq import lowering
+from jaxq.decisions.scheme import Backward
+from jaxq.interpretation import backward
 from jaxq.numbers import codecs
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
@@ -27,11 +29,19 @@ from jaxq.programs.ops import Embedding, Op
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to do at a site, hashable: the operation, its operands' quantizers, and which operand is the weight."""
+    """What to do at a site, hashable: the operation, its operands' quantizers, and which operand is the weight.
+
+    backward: how the products of the backward pass are quantized; None for float.
+    """
 
     op: Op
     quantizers: tuple[Quantizer | None, ...]
     weight: int | None
+    backward: Backward | None = None
+
+    def role(self, number: int) -> str:
+        """Return the role of an operand."""
+        return "weight" if number == self.weight else "act"
 
 
 def to_codes(task: Task, number: int, x: jax.Array, r: Range | None) -> QArray:
@@ -75,10 +85,15 @@ def _settled(task: Task, q: QArray) -> QArray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple) -> jax.Array:
-    """Run one site. operands: arrays or, for a converted weight, a QArray; ranges: per operand or None."""
+def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.Array | None = None) -> jax.Array:
+    """Run one site. operands: arrays or, for a converted weight, a QArray; ranges: per operand or None.
+
+    key: rounds what comes back through `task.backward` stochastically.
+    """
     ranges = hide(ranges)
     coded = tuple(_coded(task, n, x, ranges[n]) for n, x in enumerate(operands))
+    if task.backward is not None and not any(isinstance(x, QArray) for x in operands):
+        return _trained(task, operands, coded, ranges, rest, key)
     return _product(task, operands, coded, ranges, rest)
 
 
@@ -119,6 +134,10 @@ def _rounded_jvp(quantizer, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(task: Task, operands: tuple, coded: tuple, ranges: tuple, rest: tuple) -> jax.Array:
     """Run the operation on codes; `operands` are what they are codes of, which only the derivative looks at."""
+    return _forward(task, operands, coded, rest)
+
+
+def _forward(task: Task, operands: tuple, coded: tuple, rest: tuple) -> jax.Array:
     return lowering.run(task.op, [x if q is None else q for x, q in zip(operands, coded, strict=True)], rest)
 
 
@@ -153,6 +172,36 @@ def _refuse_gradient(tangent: QArray) -> None:
 
 
 _product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _trained(task: Task, operands: tuple, coded: tuple, ranges: tuple, rest: tuple, key) -> jax.Array:
+    """Run the operation as `_product` does; the products of its backward pass are quantized too."""
+    del key
+    return _forward(task, operands, coded, rest)
+
+
+def _trained_forward(task: Task, *primals):
+    return _trained(task, *primals), primals
+
+
+def _trained_backward(task: Task, saved: tuple, g: jax.Array):
+    operands, coded, ranges, _, key = saved
+    keys = (None, None) if key is None else jax.random.split(key)
+    pulled = (_pulled(task, n, g, operands, coded, ranges, keys[n]) for n in range(2))
+    return tuple(pulled), None, None, None, None
+
+
+_trained.defvjp(_trained_forward, _trained_backward)
+
+
+def _pulled(task: Task, number: int, g: jax.Array, operands: tuple, coded: tuple, ranges: tuple, key) -> jax.Array:
+    """Return the gradient by one operand: a product with the other one's codes, in float where it is kept wide."""
+    x, other = operands[number], operands[1 - number] if coded[1 - number] is None else coded[1 - number]
+    quantizer = task.backward.of(task.role(number))
+    dx = backward.gradient(task.op, number, backward.Rounding(quantizer, key), g, other, x.shape)
+    dx = lax.convert_element_type(dx, x.dtype)
+    return dx if coded[number] is None else _through(task, number, x, ranges[number], dx)
 
 
 def _smooth(task: Task, number: int, x, q: QArray | None, r: Range | None) -> jax.Array:

@@ -62,19 +62,20 @@ class Program:
         pairs = zip(self.analysis.located, self.decisions, strict=True)
         return Execute({item.path: decision for item, decision in pairs})
 
-    def channel(self, leaves: list, weights: dict[str, QArray]) -> Channel:
-        """Return what each active site is given: its ranges, and its converted weight if there is one.
+    def channel(self, leaves: list, weights: dict[str, QArray], key: jax.Array | None) -> Channel:
+        """Return what each active site is given: its ranges, its converted weight if there is one, a key of its own.
 
         A static range says nothing of NaN in the data, which would pass for a number; so NaN in an input makes every
         static range NaN, and with it what comes out.
         """
         ranges = [_all_ranges(*three) for three in zip(self.decisions, self.ranges, self.supplied, strict=True)]
         alarm = self.alarm(leaves, not weights) if jax.tree.leaves(ranges) else None
+        keys = [None] * len(ranges) if key is None else jax.random.split(key, len(ranges))
         channel = {}
-        for item, decision, own in zip(self.analysis.located, self.decisions, ranges, strict=True):
+        for item, decision, own, noise in zip(self.analysis.located, self.decisions, ranges, keys, strict=True):
             *inputs, out = (r and _alarmed(r, alarm) for r in own)
             if decision.scheme is not None:
-                channel[item.path] = Given(tuple(inputs), weights.get(decision.site.name), out)
+                channel[item.path] = Given(tuple(inputs), weights.get(decision.site.name), out, noise)
         return channel
 
     def alarm(self, leaves: list, parameters: bool) -> jax.Array:
@@ -91,13 +92,13 @@ class Program:
         alarm = functools.reduce(jnp.maximum, [jnp.max(bell) for bell in bells], jnp.float32(0))
         return jnp.where(alarm > 0, jnp.float32(jnp.nan), jnp.float32(0))
 
-    def run(self, rule: Rule, leaves: list, weights: dict[str, QArray]) -> tuple[Any, dict[Path, Any]]:
+    def run(self, rule: Rule, leaves: list, weights: dict[str, QArray], key=None) -> tuple[Any, dict[Path, Any]]:
         """Return `(out, module changes)` and the observations. Without an active site it is the program itself."""
         active = self.active
         if not active:
             return jax.tree.unflatten(self.out_structure, jaxpr.evaluate(self.body, *leaves)), {}
         outs, seen = Interpreter(active, rule).run(
-            self.veiled(active), self.veil(leaves), self.channel(leaves, weights)
+            self.veiled(active), self.veil(leaves), self.channel(leaves, weights, key)
         )
         return jax.tree.unflatten(self.out_structure, outs), seen
 

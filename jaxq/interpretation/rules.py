@@ -25,12 +25,13 @@ from jaxq.programs.sites import Located, Path
 
 
 class Given(NamedTuple):
-    """What a site is given from outside: static ranges of its operands and of its output, and its weight's codes if
-    they were converted."""
+    """What a site is given from outside: static ranges of its operands and of its output, its weight's codes if they
+    were converted, and a random key if something is to be rounded stochastically."""
 
     ranges: tuple[Range | None, ...]
     weight: QArray | None
     out: Range | None = None
+    key: jax.Array | None = None
 
 
 class Rule(abc.ABC):
@@ -66,14 +67,15 @@ class Execute(Rule):
         return [self.rounded(item, self.product(item, operands, given), given.out)], None
 
     def task(self, item: Located) -> Task:
-        return Task(item.op, self.decisions[item.path].quantizers, item.weight)
+        decision = self.decisions[item.path]
+        return Task(item.op, decision.quantizers, item.weight, decision.scheme.backward)
 
     def product(self, item: Located, operands: list, given: Given) -> jax.Array:
         """Return what a site computes from its quantized operands."""
         own = list(operands[: item.op.operands])
         if given.weight is not None:
             own[item.weight] = given.weight
-        return run_site(self.task(item), tuple(own), given.ranges, tuple(operands[item.op.operands :]))
+        return run_site(self.task(item), tuple(own), given.ranges, tuple(operands[item.op.operands :]), given.key)
 
     def rounded(self, item: Located, y: jax.Array, r: Range | None) -> jax.Array:
         """Return what a site puts out: `y` as its output's quantizer has it."""

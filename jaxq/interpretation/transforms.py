@@ -43,7 +43,7 @@ class Spec(NamedTuple):
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list):
+def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | None):
     """Trace, resolve and interpret: return `((out, module changes), observations by site name)`."""
     layout: Layout = spec.layout.value
     decided = spec.policy.value
@@ -53,7 +53,7 @@ def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list):
         if not spec.watch:
             whole = isinstance(policy, Plan)
             _check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
-        result, seen = _interpret(program, layout, leaves, spec.watch)
+        result, seen = _interpret(program, layout, leaves, spec.watch, key)
     names = {item.path: item.site.name for item in program.analysis.located}
     return result, {names[path]: value for path, value in seen.items()}
 
@@ -62,9 +62,10 @@ def _runner(fn: Callable) -> Callable:
     """Return the interpreter of `fn`, compiled; where the call is being traced into a program anyway, as it is."""
     compiled = jax.jit(functools.partial(_run, fn), static_argnums=0)
 
-    def run(spec: Spec, ranges: Any, leaves: list):
+    def run(spec: Spec, ranges: Any, leaves: list, key: jax.Array | None):
         staged = any(jaxpr.is_staged(leaf) for leaf in leaves)
-        return _run(fn, spec, ranges, leaves) if staged else compiled(spec, ranges, leaves)
+        call = functools.partial(_run, fn) if staged else compiled
+        return call(spec, ranges, leaves, key)
 
     return run
 
@@ -88,11 +89,11 @@ class _Decided(NamedTuple):
     decisions: tuple
 
 
-def _interpret(program: Program, layout: Layout, leaves: list, watch: str):
+def _interpret(program: Program, layout: Layout, leaves: list, watch: str, key: jax.Array | None):
     rule = Observe(program.execute, watch == "quantized") if watch else program.execute
     arrays, weights = sort_leaves(program, layout, leaves)
     if all(x is not None for x in arrays):
-        return program.run(rule, arrays, weights)
+        return program.run(rule, arrays, weights, key)
     return run_without(lambda full: program.run(rule, full, weights), arrays, leaves, layout)
 
 
@@ -124,13 +125,13 @@ def _without_owner(alive: weakref.ref, method: Callable | None) -> Callable:
     return call
 
 
-def _call(runner, policy, argnums, args, kwargs, watch=""):
+def _call(runner, policy, argnums, args, kwargs, *, watch="", key=None):
     layout, leaves = take_apart(args, kwargs, argnums)
     if isinstance(policy, Plan):
         static, ranges, blank = Static(_Decided(policy.decisions)), policy.ranges, frozenset(policy.unobserved())
     else:
         static, ranges, blank = Static(policy), (), frozenset()
-    (out, changed), seen = runner(Spec(Static(layout), watch, static, blank), ranges, leaves)
+    (out, changed), seen = runner(Spec(Static(layout), watch, static, blank), ranges, leaves, key)
     modules.write_back((args, kwargs), changed)
     return out, seen
 
@@ -174,13 +175,21 @@ def make_plan(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums 
     return planned
 
 
-def qat(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable:
+def qat(
+    f: Callable | None = None,
+    policy: Policy | Plan = DEFAULT,
+    *,
+    argnums: Argnums = 0,
+    key: jax.Array | None = None,
+) -> Callable:
     """Return `f` with quantization in force in the forward pass: same signature, differentiable straight through.
 
     The forward pass runs the integer kernels that `quantize` runs. The backward pass multiplies *dequantized* operands
-    in float and lets gradients through where the rounded value was inside its range. policy: a policy or a `Plan`; also
-    `@jaxq.qat(policy=...)`. Arrays in the arguments are traced, everything else is static. Raises `ValueError` for a
-    plan with unobserved static ranges or of another program, `TypeError` for converted parameters.
+    in float and lets gradients through where the rounded value was inside its range; with `Scheme(grad=)` it multiplies
+    integers. policy: a policy or a `Plan`; also `@jaxq.qat(policy=...)`. key: rounds gradients stochastically, so that
+    they are unbiased; take a new one for every step. Arrays in the arguments are traced, everything else is static.
+    Raises `ValueError` for a plan with unobserved static ranges or of another program, `TypeError` for converted
+    parameters.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> @jaxq.qat(policy=jaxq.w8a8())
@@ -190,8 +199,8 @@ def qat(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: 
     (4, 4)
     """
     if f is None:
-        return functools.partial(qat, policy=policy, argnums=argnums)
-    return _wrap(f, policy, argnums, trains=True)
+        return functools.partial(qat, policy=policy, argnums=argnums, key=key)
+    return _wrap(f, policy, argnums, trains=True, key=key)
 
 
 def quantize(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable:
@@ -214,7 +223,7 @@ def quantize(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argn
     return _wrap(f, policy, argnums, trains=False)
 
 
-def _wrap(f: Callable, policy: Policy | Plan, argnums: Argnums, trains: bool) -> Callable:
+def _wrap(f: Callable, policy: Policy | Plan, argnums: Argnums, *, trains: bool, key=None) -> Callable:
     if not callable(f) or isinstance(f, (Uniform, Quantizer)):
         raise TypeError(f"the first argument is the function to transform, got {f!r}; as a decorator use policy=...")
     policy = dict(policy) if isinstance(policy, Mapping) else policy  # changing the dict later changes nothing
@@ -224,17 +233,23 @@ def _wrap(f: Callable, policy: Policy | Plan, argnums: Argnums, trains: bool) ->
     def wrapped(*args, **kwargs):
         if trains and any(is_converted(leaf) for leaf in jax.tree.leaves((args, kwargs), is_leaf=is_converted)):
             raise TypeError("jaxq.qat trains float parameters, and these are converted: use jaxq.quantize")
-        return _call(runner, policy, argnums, args, kwargs)[0]
+        return _call(runner, policy, argnums, args, kwargs, key=key)[0]
 
     return wrapped
 
 
 def observe(
-    f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0, quantized: bool = False
+    f: Callable,
+    policy: Policy | Plan = DEFAULT,
+    *,
+    argnums: Argnums = 0,
+    quantized: bool = False,
+    key: jax.Array | None = None,
 ) -> Callable[..., tuple[Any, Plan]]:
     """Return a function that returns `(f(*args), plan)`, the plan's static ranges updated by what was seen.
 
     quantized: run the quantized program instead of the float one, differentiable: moving averages during training.
+    key: as for `qat`.
     Observed ranges are one per site, or one per layer where a scan runs over stacked weights.
 
     >>> import jax.numpy as jnp, jaxq
@@ -250,7 +265,7 @@ def observe(
     def observed(*args, **kwargs) -> tuple[Any, Plan]:
         plan = policy if isinstance(policy, Plan) else make_plan(f, policy, argnums=argnums)(*args, **kwargs)
         watch = "quantized" if quantized else "float"
-        out, seen = _call(runner, plan, argnums, args, kwargs, watch)
+        out, seen = _call(runner, plan, argnums, args, kwargs, watch=watch, key=key)
         return out, updated(plan, seen)
 
     return observed

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
+from jaxq.lowering import conv, dot
 from jaxq.lowering.conv import integer_conv
 from jaxq.lowering.dequantize import dequantize
 from jaxq.lowering.dot import integer_dot
@@ -18,6 +19,9 @@ from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Conv, Dot, Embedding, Op, RaggedDot
 
 KERNELS: dict[type, Callable] = {Dot: integer_dot, Conv: integer_conv, RaggedDot: integer_ragged_dot}
+
+# How a scale of an operand, one on its contracted axes, broadcasts against the output: (op, scale, side, ranks).
+SCALES: dict[type, Callable] = {Dot: dot.to_output, Conv: conv.to_output}
 
 
 def run(op: Op, operands: Sequence[jax.Array | QArray], rest: Sequence[jax.Array]) -> jax.Array:

@@ -52,6 +52,12 @@ def _is_narrow(op: Conv, kernel: jax.Array) -> bool:
     return dense and 0 < out <= NARROW and 0 < into <= NARROW
 
 
+def to_output(op: Conv, x: jax.Array, side: int, ranks: tuple[int, int]) -> jax.Array:
+    """Return a per-image (side 0) or per-output-channel array in the output's layout, ones elsewhere."""
+    del ranks
+    return _kernel(op, x) if side else _image(op, x)
+
+
 def _image(op: Conv, x: jax.Array) -> jax.Array:
     """Return a per-image array, ones on all axes but the batch, in the output's layout."""
     return lax.reshape(x, [x.size if axis == op.out_spec[0] else 1 for axis in range(x.ndim)])

@@ -263,13 +263,15 @@ def _located(parsed: _Parsed, name: str, stacked: frozenset[Path], names: Names,
     value = Value() if weight is None else item.operands[weight]
     operands = tuple(_operand(item, op, n, n == weight, names) for n in range(op.operands))
     out = item.eqn.outvars[0].aval
+    shapes = [operand.shape for operand in operands]
     site = Site(
         name=name,
         op=op.name,
         operands=operands,
         out_shape=tuple(out.shape),
         out_dtype=_dtype_name(out.dtype),
-        terms=op.terms([operand.shape for operand in operands]),
+        terms=op.terms(shapes),
+        reuse=op.reuse(shapes, tuple(out.shape)),
         stack=tuple(length for path, length in item.around.loops if path in stacked),
         scope="/".join(scope),
         source=os.path.basename(jaxpr.source_line(item.eqn)) if lines else "",

@@ -36,7 +36,8 @@ class Site:
 
     name: stable, from the weight's path; op: `dot_general`, `conv_general_dilated`, `ragged_dot` or `embedding`;
     stack: lengths of the scans in which the site has a weight per iteration, outermost first; terms: products summed
-    into one output element; flops: of one execution; obstacle: why it cannot be quantized, or empty.
+    into one output element; reuse: for each operand, the products that one of its elements takes part in; flops: of
+    one execution; obstacle: why it cannot be quantized, or empty.
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
@@ -54,6 +55,7 @@ class Site:
     scope: str = ""
     source: str = ""
     obstacle: str = ""
+    reuse: tuple[int, ...] = ()
 
     @property
     def weight(self) -> Operand | None:

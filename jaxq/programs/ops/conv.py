@@ -57,6 +57,12 @@ class Conv:
         """Return how many products are summed into one output element."""
         return math.prod(shapes[1][axis] for axis in self.rhs_spec[1:])
 
+    def reuse(self, shapes, out_shape) -> tuple[int, int]:
+        """Return for each operand how many products one of its elements takes part in, at most."""
+        out, _, *window = self.rhs_spec
+        of_image = math.prod(shapes[1][axis] for axis in (out, *window)) // self.feature_groups
+        return of_image, math.prod(out_shape[axis] for axis in (self.out_spec[0], *self.out_spec[2:]))
+
     def apply(self, lhs: jax.Array, rhs: jax.Array, *rest, out_dtype=None) -> jax.Array:
         """Run the convolution on plain arrays."""
         del rest

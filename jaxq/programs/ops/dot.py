@@ -38,6 +38,12 @@ class Dot:
         """Return how many products are summed into one output element."""
         return math.prod(shapes[0][axis] for axis in self.contract[0])
 
+    def reuse(self, shapes, out_shape) -> tuple[int, int]:
+        """Return for each operand how many products one of its elements takes part in: what its gradient sums."""
+        del out_shape
+        left, right = (math.prod(shapes[side][a] for a in self.free(side, len(shapes[side]))) for side in (0, 1))
+        return right, left
+
     def free(self, side: int, rank: int) -> list[int]:
         """Return the axes of an operand that appear in the output, batch axes excluded, in output order."""
         return [a for a in range(rank) if a not in self.contract[side] and a not in self.batch[side]]

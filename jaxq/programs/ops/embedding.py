@@ -65,6 +65,11 @@ class Embedding:
         del shapes
         return 0
 
+    def reuse(self, shapes, out_shape) -> tuple[int, ...]:
+        """Nothing is multiplied."""
+        del shapes, out_shape
+        return (0,)
+
     def output_axis(self, axis: int) -> int:
         """Return where a whole axis of the table is in the output."""
         gone = (*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims)

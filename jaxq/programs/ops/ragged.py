@@ -44,6 +44,11 @@ class RaggedDot:
         """Return how many products are summed into one output element."""
         return math.prod(shapes[0][axis] for axis in self.contracted[0])
 
+    def reuse(self, shapes, out_shape) -> tuple[int, int]:
+        """Return for each operand how many products one of its elements takes part in, at most."""
+        del out_shape
+        return shapes[1][-1], shapes[0][0]
+
     def apply(self, lhs: jax.Array, rhs: jax.Array, *rest, out_dtype=None) -> jax.Array:
         """Run the product on plain arrays; `rest` is the group sizes [g]."""
         return lax.ragged_dot_general(
