@@ -125,11 +125,15 @@ def trained(step: Callable, params: Any, x: jax.Array, target: jax.Array) -> tim
 
 
 def training(settings: Settings) -> Table:
-    """Measure training steps: float32 and quantization-aware with dynamic ranges."""
+    """Measure training steps: float32 and quantization-aware with dynamic ranges, without and with int8 gradients."""
     rows = []
     for name in settings.models:
         model, params, x, target = example(name)
-        forwards = {"float32": model.apply, "int8 QAT dynamic": jaxq.qat(model.apply, jaxq.w8a8())}
+        schemes = {
+            "int8 QAT dynamic": jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8()),
+            "and SwitchBack": jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8())),
+        }
+        forwards = {"float32": model.apply} | {v: jaxq.qat(model.apply, s) for v, s in schemes.items()}
         calls = {v: trained(training_step(f, model), params, x, target) for v, f in forwards.items()}
         if settings.peers:
             start = functools.partial(qwix_training, model, params, x, target)
