@@ -838,6 +838,22 @@ def test_calibrating_compiles_nothing_after_the_first_batches(caplog):
     assert not [record.message for record in caplog.records if record.message.startswith("Compiling")]
 
 
+def test_the_whole_calibration_runs_inside_jit():
+    """As a scan over all batches, the plan its carry; outputs too."""
+    params, batches = weights(("ema", "percentile"), WIDTH, 6), jnp.stack([TAILED, -2 * TAILED[::-1], 0.5 * TAILED])
+    policy = {name: Scheme(act=STATIC[name], out=STATIC["minmax"]) for name in params}
+    plan = jaxq.make_plan(fan, policy)(params, TAILED)
+
+    def step(plan, x):
+        return jaxq.observe(fan, plan)(params, x)[1], None
+
+    whole = jax.jit(lambda plan, batches: lax.scan(step, plan, batches)[0])(plan, batches)
+    loop = jaxq.calibrate(fan, plan, progress=False)(params, list(batches))
+    assert not whole.unobserved() and whole.decisions == loop.decisions
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(loop), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 # --- dynamic fixed point that follows overflow -----------------------------------------------------------------------
 
 RATE = 0.01

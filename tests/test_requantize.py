@@ -15,12 +15,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import jaxq
 from jaxq.numbers.requantize import (
     DOUBLE,
     SINGLE,
+    exponent_of,
     high_mul,
     quantize_multiplier,
     requantize,
+    rescale,
     shift_right_rounded,
     to_codes,
 )
@@ -208,6 +211,30 @@ def test_quantize_multiplier_refuses(m):
 
 
 # --- codes, types --------------------------------------------------------------------------------------------------
+
+
+def test_rescaling_by_a_power_of_two_is_a_shift():
+    """Bit for bit the rounded and saturated product in float64, for every power; no product and no float in sight."""
+    rng = np.random.default_rng(4)
+    acc = np.concatenate([EXTREMES, rng.integers(LOW, HIGH, 500), rng.integers(-300, 300, 500)])
+    powers = np.arange(-31, 32)
+    x, n = np.meshgrid(acc, powers)
+    product = np.ldexp(x.astype(np.float64), n)
+    want = np.clip(np.sign(product) * np.floor(np.abs(product) + 0.5), LOW, HIGH)
+    got = jax.jit(rescale)(jnp.asarray(x, jnp.int32), jnp.asarray(n, jnp.int32))
+    np.testing.assert_array_equal(np.asarray(got, np.int64), want.astype(np.int64))
+    text = str(jax.make_jaxpr(rescale)(jnp.int32(0), jnp.int32(0)))
+    assert "shift_left" in text and not re.search(r"\b(mul|div|dot_general)\b|f32|f64", text)
+
+
+def test_fixed_point_moves_its_point_by_a_shift():
+    """From Q2.5 to Q4.3 in integers: what the reals give, halves away from zero."""
+    x = np.arange(-128, 128) / 32
+    fine, coarse = jaxq.fixed(8, 5)(jnp.float32(x)), jaxq.fixed(8, 3)(jnp.float32(x))
+    moved = rescale(fine.codes.astype(jnp.int32), exponent_of(fine.scale) - exponent_of(coarse.scale))
+    np.testing.assert_array_equal(moved, np.sign(x) * np.floor(np.abs(x) * 8 + 0.5))
+    dynamic = jaxq.dynamic_fixed(8)(jnp.float32(x))
+    assert 2.0 ** float(exponent_of(dynamic.scale)[0]) == float(dynamic.scale[0])
 
 
 @pytest.mark.parametrize("low, high", [(-128, 127), (-127, 127), (0, 6)])

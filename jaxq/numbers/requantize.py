@@ -132,6 +132,35 @@ def shift_right_rounded(x: jax.Array, n: jax.Array | int) -> jax.Array:
     return (x >> n) + _as_int((x & mask) > threshold)
 
 
+def exponent_of(scale: jax.Array) -> jax.Array:
+    """Return `log2(scale)` of powers of two, int32: `rescale` by it, or by the difference of two, is exact.
+
+    scale: float32 powers of two, normal numbers; other scales give the exponent of the next one below.
+
+    >>> import jax.numpy as jnp
+    >>> exponent_of(jnp.float32([0.25, 1.0, 64.0])).tolist()
+    [-2, 0, 6]
+    """
+    return (lax.bitcast_convert_type(scale, jnp.int32) >> 23) - 127
+
+
+def rescale(acc: jax.Array, exponent: jax.Array | int) -> jax.Array:
+    """Return `round(acc * 2 ** exponent)` in int32 by a shift alone: halves away from zero, saturated.
+
+    This is `requantize` for power-of-two scales (fixed point): from scale 2^a to 2^b it is `rescale(acc, a - b)`.
+    acc: int32; exponent: int32 in [-31, 31], a scalar or of acc's rank.
+
+    >>> import jax.numpy as jnp
+    >>> rescale(jnp.int32([-6, 5, 7, 2**30]), jnp.int32([-2, -2, 3, 3])).tolist()
+    [-2, 1, 56, 2147483647]
+    """
+    exponent = jnp.asarray(exponent, jnp.int32)
+    left = jnp.maximum(exponent, 0)
+    up = acc << left
+    up = jnp.where(up >> left == acc, up, jnp.where(acc < 0, INT_MIN, INT_MAX))
+    return jnp.where(exponent < 0, shift_right_rounded(acc, jnp.maximum(-exponent, 0)), up)
+
+
 def to_codes(acc32: jax.Array, zero_point: jax.Array | int, low: int, high: int) -> jax.Array:
     """Return `clip(acc32 + zero_point, low, high)` as int8; the sum saturates instead of wrapping.
 
