@@ -9,6 +9,7 @@ same program is interpreted again with quantize, dequantize and integer kernels 
 """
 
 from jaxq.decisions.decision import Decision as Decision
+from jaxq.decisions.decision import Fed as Fed
 from jaxq.decisions.plan import Plan as Plan
 from jaxq.decisions.recipes import Uniform as Uniform
 from jaxq.decisions.recipes import w8a8 as w8a8

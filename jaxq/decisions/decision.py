@@ -13,7 +13,14 @@ Ranges = tuple[tuple[Range | None, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Fed:
-    """The site whose output an operand is, and the quantizer of that output: the operand has none of its own."""
+    """The site whose output an operand is, and the quantizer of that output: the operand has none of its own.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["up"] @ p["down"]), {"up": jnp.eye(4), "down": jnp.eye(4)}
+    >>> scheme = jaxq.Scheme(jaxq.int8(), jaxq.int8(), out=jaxq.int8(per_tensor=True))
+    >>> jaxq.make_plan(f, scheme)(params, jnp.ones((2, 4)))["down"].fed
+    (Fed(site='up', quantizer=int8 per tensor), None)
+    """
 
     site: str
     quantizer: Quantizer
