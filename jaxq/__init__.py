@@ -22,6 +22,9 @@ from jaxq.interpretation.transforms import make_plan as make_plan
 from jaxq.interpretation.transforms import observe as observe
 from jaxq.interpretation.transforms import qat as qat
 from jaxq.interpretation.transforms import quantize as quantize
+from jaxq.io.checkpoint import load as load
+from jaxq.io.checkpoint import save as save
+from jaxq.io.errors import FileError as FileError
 from jaxq.numbers.calibrators import EMA as EMA
 from jaxq.numbers.calibrators import MinMax as MinMax
 from jaxq.numbers.calibrators import OverflowRate as OverflowRate

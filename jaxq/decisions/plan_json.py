@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
+from jaxq.decisions.decision import Decision, Fed, Ranges
 from jaxq.decisions.scheme import Backward, Scheme
 from jaxq.numbers import spec
 from jaxq.numbers.calibrators import Calibrator, Range
 from jaxq.numbers.fits import Fit
-from jaxq.numbers.histogram import Histogram
+from jaxq.numbers.histogram import BINS, Histogram
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.scaling import Scaling
 from jaxq.programs.sites import Operand, Site
@@ -64,12 +64,26 @@ def _check(decisions: Any, ranges: tuple) -> None:
     """Raise unless the ranges have the structure and shapes that the decisions call for."""
     if not isinstance(decisions, tuple) or not all(isinstance(d, Decision) for d in decisions):
         raise ValueError("'decisions' is not a list of decisions")
+    for decision in decisions:
+        spec.check_types(decision)
     outputs = {d.site.name: d.out for d in decisions}
     if any(fed and fed.quantizer != outputs.get(fed.site) for d in decisions for fed in d.fed):
         raise ValueError("an operand is said to be the output of a site that puts out nothing of the kind")
-    wanted = tuple(blank_ranges(decision) for decision in decisions)
-    if str(jax.tree.structure(wanted)) != str(jax.tree.structure(ranges)):
-        raise ValueError("the ranges do not belong to the decisions")
-    for want, have in zip(jax.tree.leaves(wanted), jax.tree.leaves(ranges), strict=True):
-        if want.shape != have.shape or not np.isfinite(have).all():
-            raise ValueError(f"a range has shape {have.shape} instead of {want.shape}, or is not finite")
+    for decision, own in zip(decisions, ranges, strict=True):
+        for quantizer, r in zip(decision.ranged, own, strict=True):
+            _check_range(decision.site, quantizer, r)
+
+
+def _check_range(site: Site, quantizer: Quantizer | None, r: Range | None) -> None:
+    """Raise unless a range is what a static quantizer calls for, None without one; no array of that shape is made."""
+    counts = quantizer is not None and quantizer.counts
+    if (quantizer is None) != (r is None) or (r is not None and counts != (r.histogram is not None)):
+        raise ValueError(f"the ranges of site '{site.name}' do not belong to its decision")
+    if r is None:
+        return
+    shapes = [site.stack] * 3 + ([(*site.stack, BINS), site.stack] if counts else [])
+    for want, have in zip(shapes, jax.tree.leaves(r), strict=True):
+        if want != have.shape or not np.isfinite(have).all():
+            raise ValueError(
+                f"a range of site '{site.name}' has shape {have.shape} instead of {want}, or is not finite"
+            )

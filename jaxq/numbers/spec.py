@@ -1,6 +1,9 @@
 """Frozen values (formats, quantizers, calibrators) as JSON: every field by name, every type from a closed list."""
 
 import dataclasses
+import functools
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,3 +47,33 @@ def decode(value: Any, types: Mapping[str, type] = TYPES) -> Any:
         fields = dict(value)
         return types[fields.pop("type")](**{name: decode(item, types) for name, item in fields.items()})
     return value
+
+
+def check_types(value: Any) -> None:
+    """Raise `TypeError` unless every field of a dataclass, and of those inside it, has the type it is declared with."""
+    cls: Any = type(value)
+    for name, hint in _hints(cls).items():
+        if not _is(getattr(value, name), hint):
+            raise TypeError(f"{type(value).__name__}.{name} is {getattr(value, name)!r:.80}, which is no {hint}")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    declared = typing.get_type_hints(cls)
+    return {field.name: declared[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Tell whether a value has a declared type; numbers may be whole where fractions are declared."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is(value, option) for option in options)
+    if origin is tuple:
+        return type(value) is tuple and all(_is(item, options[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if type(value) is not hint and not (hint is type(None) and value is None):
+        return False
+    if dataclasses.is_dataclass(value):
+        check_types(value)
+    return True

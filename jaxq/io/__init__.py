@@ -1,0 +1,1 @@
+"""Models on disk: saved, exported, and in the formats of other systems."""

@@ -1,0 +1,127 @@
+"""The proof that converted weights are whole, and what a plan says they are: array by array, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxq.decisions.decision import Decision
+from jaxq.decisions.plan import Plan
+from jaxq.numbers import packing
+from jaxq.numbers.blocks import check_grid
+from jaxq.numbers.formats import Codebook
+from jaxq.numbers.qarray import Dropped, QArray, Stored
+from jaxq.numbers.scaling import Nested
+
+
+def check(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the parameter leaves are those of the plan's program, converted as it says.
+
+    leaves: by the names that the plan's sites call them by. A leaf may be float where the plan would quantize it: then
+    it is quantized at every call.
+    """
+    for name, leaf in leaves.items():
+        for q in _codes(leaf):
+            check_array(name, q)
+    used = set()
+    for decision in plan.decisions:
+        weight = decision.site.weight
+        if weight is None or not weight.origins:
+            continue
+        home = weight.origins[0]
+        if home not in leaves:
+            raise ValueError(
+                f"the plan's site '{decision.site.name}' multiplies by '{home}', and there is no such parameter: the "
+                "plan is of another model"
+            )
+        if decision.quantizers[decision.site.operands.index(weight)] is not None:
+            used.add(home)
+            _check_leaf(decision, home, leaves[home])
+    strays = [name for name, leaf in leaves.items() if isinstance(leaf, (QArray, Stored)) and name not in used]
+    if strays:
+        raise ValueError(
+            f"'{strays[0]}' is converted, but no site of the plan quantizes it: the plan is of another model"
+        )
+
+
+def _codes(leaf: Any) -> list[QArray]:
+    if isinstance(leaf, Stored):
+        return list(leaf.codes.values())
+    return [leaf] if isinstance(leaf, QArray) else []
+
+
+def check_array(name: str, q: QArray) -> None:
+    """Raise `ValueError` unless the parts of a quantized array have the dtypes and shapes that its format calls for."""
+    coded = isinstance(q.format, Codebook)
+    storage = q.format.storage if q.packing is None else jnp.uint8
+    problems = {
+        f"codes of {q.format} are {jnp.dtype(storage)}, not {q.stored.dtype}": q.stored.dtype != storage,
+        "the packing is not one of the format": q.packing is not None and not _packs(q),
+        f"{q.format} comes with {'a table' if coded else 'a scale'} and nothing else": (q.scale is None) != coded
+        or (q.table is None) == coded
+        or (coded and (q.zero_point is not None or q.outer is not None)),
+    }
+    _raise_first(name, problems)
+    _check_numbers(name, q)
+    check_grid(q.shape, q.grid)
+
+
+def _packs(q: QArray) -> bool:
+    axis, length = q.packing
+    if type(axis) is not int or type(length) is not int or not -q.ndim <= axis < 0:
+        return False
+    per_byte = 8 // q.format.bits if q.format.bits in packing.PACKED_BITS else 0
+    return per_byte > 0 and q.stored.shape[axis] == -(-length // per_byte)
+
+
+def _check_numbers(name: str, q: QArray) -> None:
+    """Check what codes are decoded with: one dtype for each kind of scale."""
+    if isinstance(q.format, Codebook):
+        shape = (*q.table.shape[:-1], q.format.size)
+        return _raise_first(
+            name, {"the table is not float32 of the codebook's size": not _is(q.table, shape, "float32")}
+        )
+    scale = {True: "float8_e4m3fn", False: "float32"}[q.outer is not None]
+    kinds = (scale, "uint8") if q.outer is None else (scale,)
+    zero = q.zero_point
+    problems = {
+        f"scales are {' or '.join(kinds)}, not {q.scale.dtype}": q.scale.dtype.name not in kinds,
+        "zero points are int32 of the scale's shape": zero is not None and not _is(zero, q.scale.shape, "int32"),
+        "the outer scale is float32": q.outer is not None and q.outer.dtype != jnp.float32,
+    }
+    _raise_first(name, problems)
+    if isinstance(q.scaling, Nested):
+        check_grid(q.scale.shape, q.outer.shape)
+
+
+def _is(array: Any, shape: tuple[int, ...], dtype: str) -> bool:
+    return array.shape == shape and array.dtype.name == dtype
+
+
+def _raise_first(name: str, problems: Mapping[str, bool]) -> None:
+    for problem, present in problems.items():
+        if present:
+            raise ValueError(f"'{name}': {problem}")
+
+
+def _check_leaf(decision: Decision, name: str, leaf: Any) -> None:
+    """Raise unless a leaf holds the codes that its site's quantizer makes."""
+    site = decision.site
+    if isinstance(leaf, Dropped) or (isinstance(leaf, Stored) and leaf.value is None and site.name not in leaf.codes):
+        raise ValueError(f"'{name}' holds no codes for site '{site.name}': it was converted with another plan")
+    q = leaf.codes.get(site.name) if isinstance(leaf, Stored) else leaf
+    if not isinstance(q, QArray):
+        return
+    number = site.operands.index(site.weight)
+    quantizer, operand = decision.quantizers[number], site.operands[number]
+    grid = (*site.stack, *quantizer.grid(operand.shape, operand.contracted))
+    # A leaf may be the operand with its axes in another order.
+    wanted, found = (
+        sorted(zip(*pair, strict=True)) for pair in (((*site.stack, *operand.shape), grid), (q.shape, q.grid))
+    )
+    same = q.format == quantizer.format and (q.zero_point is None) == quantizer.symmetric
+    if not same or q.scaling != quantizer.scaling or wanted != found:
+        raise ValueError(
+            f"'{name}' holds {q!r}, and the plan says {quantizer!r} for site '{site.name}' of shape "
+            f"{list(operand.shape)}: it was converted with another plan"
+        )

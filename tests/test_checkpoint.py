@@ -1,0 +1,138 @@
+"""Save and load: bit for bit, in every format, one file or many, whole or not at all."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import jaxq
+import zoo
+from jaxq.io import checkpoint
+from jaxq.numbers.qarray import is_converted
+
+QUANTIZERS = {
+    "int8": jaxq.int8(),
+    "int8_zero": jaxq.int8(symmetric=False),
+    "uint8": jaxq.uint8(),
+    "int16": jaxq.int16(),
+    "int4": jaxq.int4(group=16),
+    "int3": jaxq.Quantizer(jaxq.Int(3)),
+    "int2": jaxq.int2(),
+    "one_bit": jaxq.binary(),
+    "ternary": jaxq.ternary(),
+    "fixed": jaxq.fixed(8, 6),
+    "fixed4": jaxq.fixed(4, 2),
+    "kmeans": jaxq.kmeans(16),
+    "kmeans5": jaxq.kmeans(5, group=32),
+    "nf4": jaxq.nf4(16),
+    "float8": jaxq.float8(),
+    "e5m2": jaxq.float8_e5m2(),
+    "float16": jaxq.float16(),
+    "bfloat16": jaxq.bfloat16(),
+    "mxfp8": jaxq.mxfp8(),
+    "mxfp6": jaxq.mxfp6(),
+    "mxfp4": jaxq.mxfp4(),
+    "mxint8": jaxq.mxint8(),
+    "nvfp4": jaxq.nvfp4(),
+}
+PLAIN = {
+    "bf16": jnp.bfloat16,
+    "f16": jnp.float16,
+    "f8": jnp.float8_e4m3fn,
+    "e8m0": jnp.float8_e8m0fnu,
+    "i4": jnp.int4,
+    "u2": jnp.uint2,
+    "i32": jnp.int32,
+    "bool": jnp.bool_,
+    "c64": jnp.complex64,
+}
+
+
+def every(params, x):
+    return sum(x @ params[name] for name in QUANTIZERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Parameters in every format, their plan, and the input of their function."""
+
+    qparams: dict
+    plan: jaxq.Plan
+    x: jax.Array
+
+
+@pytest.fixture(scope="module")
+def saved() -> Saved:
+    keys = jax.random.split(jax.random.key(0), len(QUANTIZERS))
+    params = {name: jax.random.normal(key, (64, 24)) for name, key in zip(QUANTIZERS, keys, strict=True)}
+    x = jax.random.normal(jax.random.key(1), (3, 64))
+    static = jaxq.int8(per_tensor=True, calibrator=jaxq.mse())
+    policy = {name: jaxq.Scheme(weight=q) for name, q in QUANTIZERS.items()}
+    plan = jaxq.calibrate(every, policy | {"int8": jaxq.Scheme(jaxq.int8(), static)}, progress=False)(params, [x])
+    plain = {name: jnp.array([0, 1, 1], kind) for name, kind in PLAIN.items()}
+    return Saved(jaxq.convert(every, plan)(params, x) | {"plain": plain}, plan, x)
+
+
+def assert_same(got, want):
+    """Assert that two trees hold the same bits, formats and types."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert type(a) is type(b) and (not isinstance(a, jax.Array) or a.dtype == b.dtype)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 5000])
+def test_every_format_comes_back_bit_for_bit(saved, tmp_path, shard_bytes):
+    jaxq.save(tmp_path / "model", saved.qparams, saved.plan, shard_bytes=shard_bytes)
+    qparams, plan = jaxq.load(tmp_path / "model")
+    assert plan == saved.plan
+    assert_same(qparams, saved.qparams)
+    if shard_bytes:
+        assert len(list((tmp_path / "model").iterdir())) > 5
+    else:
+        got, want = (jaxq.quantize(every, plan)(p, saved.x) for p in (qparams, saved.qparams))
+        assert np.isfinite(want).all()
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_safetensors_package_reads_the_same_arrays(saved, tmp_path):
+    jaxq.save(tmp_path / "model", saved.qparams, saved.plan)
+    with safetensors.safe_open(tmp_path / "model", "numpy") as file:
+        assert json.loads(file.metadata()["tree"])["type"] == "dict"
+        for name in ("int4.stored", "int4.scale", "kmeans.table", "plain/i32"):
+            head, _, part = name.rpartition("." if "." in name else "/")
+            want = getattr(saved.qparams[head], part) if "." in name else saved.qparams[head][part]
+            np.testing.assert_array_equal(file.get_tensor(name), want)
+
+
+def test_files_of_the_safetensors_package_are_read(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.array(2.5), "c": np.zeros((0, 3), np.uint8)}
+    safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors", metadata={"k": "v"})
+    container = checkpoint.read_container(tmp_path / "x.safetensors")
+    assert container.metadata == {"k": "v"} and container.checksum is None
+    assert container.arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(container.arrays[name], array, strict=True)
+
+
+@pytest.mark.parametrize("name", ["nnx_mlp", "weight_norm", "scan_xs"])
+def test_models_come_back_in_their_own_types(name, tmp_path):
+    entry = zoo.model(name)
+    plan = jaxq.make_plan(entry.fn, jaxq.w8a8())(entry.params, *entry.args)
+    qparams = jaxq.convert(entry.fn, plan)(entry.params, *entry.args)
+    jaxq.save(tmp_path / "model", qparams, plan)
+    loaded, _ = jaxq.load(tmp_path / "model", like=jax.eval_shape(lambda: entry.params))
+    assert_same(jax.tree.leaves(loaded), jax.tree.leaves(qparams))
+    assert jax.tree.structure(loaded, is_leaf=is_converted) == jax.tree.structure(qparams, is_leaf=is_converted)
+    nested, _ = jaxq.load(tmp_path / "model")
+    assert type(nested) is dict
+    assert sorted(map(bits, jax.tree.leaves(nested))) == sorted(map(bits, jax.tree.leaves(qparams)))
+
+
+def bits(leaf) -> bytes:
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).tobytes()
