@@ -25,6 +25,8 @@ from jaxq.interpretation.transforms import quantize as quantize
 from jaxq.io.checkpoint import load as load
 from jaxq.io.checkpoint import save as save
 from jaxq.io.errors import FileError as FileError
+from jaxq.io.export import Artifact as Artifact
+from jaxq.io.export import export as export
 from jaxq.numbers.calibrators import EMA as EMA
 from jaxq.numbers.calibrators import MinMax as MinMax
 from jaxq.numbers.calibrators import OverflowRate as OverflowRate
