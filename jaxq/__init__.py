@@ -24,6 +24,8 @@ from jaxq.interpretation.transforms import qat as qat
 from jaxq.interpretation.transforms import quantize as quantize
 from jaxq.io.checkpoint import load as load
 from jaxq.io.checkpoint import save as save
+from jaxq.io.compressed_reader import load_compressed_tensors as load_compressed_tensors
+from jaxq.io.compressed_tensors import save_compressed_tensors as save_compressed_tensors
 from jaxq.io.errors import FileError as FileError
 from jaxq.io.export import Artifact as Artifact
 from jaxq.io.export import export as export

@@ -85,7 +85,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Plan]:
             params = tree.fill(like, params)
         elif any(isinstance(leaf, tree.Code) for leaf in jax.tree.leaves(params)):
             raise ValueError("it was saved with leaves that are code; load it with like= the tree it was")
-        return jax.tree.map(_to_device, params), plan
+        return jax.tree.map(to_device, params), plan
     except ValueError as error:
         raise FileError(path, str(error)) from error
 
@@ -118,7 +118,7 @@ def _names(built: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
     return {name.partition("/")[2]: leaf for name, leaf in leaves.items() if "/" in name} | leaves
 
 
-def _to_device(leaf: Any) -> Any:
+def to_device(leaf: Any) -> Any:
     """Return an array as JAX's, in place where it can be; of 64 bits only where JAX has them."""
     if not isinstance(leaf, np.ndarray) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         return leaf

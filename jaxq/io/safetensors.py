@@ -7,6 +7,7 @@ without copying; and the last array is the CRC-32 of all bytes before it, header
 https://github.com/huggingface/safetensors, section Format.
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -66,29 +67,40 @@ def write(file: BinaryIO, arrays: Mapping[str, Any], metadata: Mapping[str, str]
 
     Raises `ValueError` for a header beyond the format's limit of 100 MB.
     """
-    header = _header(arrays, metadata)
+    entries = list(_layout(arrays))
     checksum = 0
-    part: Any
-    for part in (len(header).to_bytes(8, "little"), header, *_contents(arrays)):
+    header = _header([*entries, (CHECKSUM, np.zeros(4, np.uint8))], metadata)
+    for part in itertools.chain([header], _contents(entries)):
         file.write(part)
         checksum = zlib.crc32(part, checksum)
     file.write(checksum.to_bytes(4, "little"))
     return checksum
 
 
-def _header(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def write_plain(file: BinaryIO, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write arrays and texts and nothing else, for readers that know every array's name."""
+    entries = list(arrays.items())
+    for part in itertools.chain([_header(entries, metadata)], _contents(entries)):
+        file.write(part)
+
+
+def _contents(entries: list[tuple[str, Any]]) -> Iterator[Any]:
+    for _, array in entries:
+        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _header(entries: list[tuple[str, Any]], metadata: Mapping[str, str]) -> bytes:
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, array in _layout(arrays):
+    for name, array in entries:
         begin, end = end, end + _size(array)
         shape = [int(n) for n in array.shape]
         fields[name] = {"dtype": NAMES[np.dtype(array.dtype)], "shape": shape, "data_offsets": [begin, end]}
-    fields[CHECKSUM] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > HEADER_LIMIT:
         raise ValueError(f"the header takes {len(text)} bytes, the format allows {HEADER_LIMIT}; save smaller parts")
-    return text
+    return len(text).to_bytes(8, "little") + text
 
 
 def _size(array: Any) -> int:
@@ -106,11 +118,6 @@ def _layout(arrays: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if gap:
             yield PADDING.format(number), np.zeros(gap, np.uint8)
     yield from small
-
-
-def _contents(arrays: Mapping[str, Any]) -> Iterator[Any]:
-    for _, array in _layout(arrays):
-        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

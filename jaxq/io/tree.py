@@ -59,13 +59,18 @@ class Writing(NamedTuple):
     names: Iterator[str]
 
 
+def leaf_names(tree: Any) -> dict[str, Any]:
+    """Return the leaves of parameters by the names that plans call them by."""
+    layout, leaves = take_apart((tree,), {}, 0)
+    return dict(zip(("/".join(name) for name in layout.names), leaves, strict=True))
+
+
 def describe(tree: Any) -> tuple[Json, dict[str, Any]]:
     """Return the JSON of a tree and its arrays by name.
 
     Raises `TypeError` for leaves and dict keys that cannot be written, naming them.
     """
-    layout, _ = take_apart((tree,), {}, 0)
-    writing = Writing({}, ("/".join(name) for name in layout.names))
+    writing = Writing({}, iter(leaf_names(tree)))
     return _node(tree, "", writing), writing.arrays
 
 
