@@ -136,3 +136,38 @@ def test_models_come_back_in_their_own_types(name, tmp_path):
 
 def bits(leaf) -> bytes:
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).tobytes()
+
+
+def test_weights_in_several_arguments_and_in_a_tuple(tmp_path):
+    def several(up, x, head):
+        return x @ up["params"]["w"] @ head["w"]
+
+    def one(params, x):
+        return x @ params[0] @ params[1]["w"]
+
+    up, head, x = {"params": {"w": jnp.eye(8)}}, {"w": jnp.ones((8, 3))}, jnp.ones((2, 8))
+    plan = jaxq.make_plan(several, jaxq.w8a8(), argnums=(0, 2))(up, x, head)
+    qparams = jaxq.convert(several, plan, argnums=(0, 2))(up, x, head)
+    jaxq.save(tmp_path / "several", qparams, plan)
+    loaded, _ = jaxq.load(tmp_path / "several")
+    got = jaxq.quantize(several, plan, argnums=(0, 2))(loaded[0], x, loaded[1])
+    np.testing.assert_array_equal(got, jaxq.qat(several, plan, argnums=(0, 2))(up, x, head))
+    export = jaxq.export(several, plan, loaded, x, platforms=("cpu",), argnums=(0, 2), verify=x)
+    np.testing.assert_array_equal(export.call(x), got)
+
+    params = (jnp.eye(8), {"w": jnp.ones((8, 3))})
+    plan = jaxq.make_plan(one, jaxq.w8a8())(params, x)
+    jaxq.save(tmp_path / "one", jaxq.convert(one, plan)(params, x), plan)
+    np.testing.assert_array_equal(jaxq.quantize(one, plan)(jaxq.load(tmp_path / "one")[0], x), got)
+
+
+def test_plain_values_and_code_come_back(tmp_path):
+    values = {3: [True, -7, 2.5, float("inf"), "text", None, ()]}
+    params = {"w": jnp.eye(4), "values": values, "f": jnp.tanh, "k": jax.random.key(3)}
+    plan = jaxq.make_plan(lambda p, x: x @ p["w"], None)(params, jnp.ones((1, 4)))
+    jaxq.save(tmp_path / "m", params, plan)
+    with pytest.raises(jaxq.FileError, match="like="):
+        jaxq.load(tmp_path / "m")
+    loaded, _ = jaxq.load(tmp_path / "m", like=params)
+    assert loaded["values"] == values and loaded["f"] is jnp.tanh
+    assert jax.random.key_data(loaded["k"]).tolist() == jax.random.key_data(params["k"]).tolist()

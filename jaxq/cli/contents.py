@@ -47,7 +47,7 @@ def _read_folder(path: Path) -> Contents:
 
 def _model(path: Path) -> Contents:
     params, plan = checkpoint.read(path)
-    return Contents("model", tree.leaf_names(params), plan)
+    return Contents("model", tree.leaf_names(params, plan), plan)
 
 
 def _plan(path: Path, data: np.ndarray) -> Plan:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxq.decisions.decision import Decision
@@ -10,38 +11,35 @@ from jaxq.decisions.plan import Plan
 from jaxq.numbers import packing
 from jaxq.numbers.blocks import check_grid
 from jaxq.numbers.formats import Codebook
-from jaxq.numbers.qarray import Dropped, QArray, Stored
+from jaxq.numbers.qarray import Dropped, QArray, Stored, is_converted
 from jaxq.numbers.scaling import Nested
 
 
-def check(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless the parameter leaves are those of the plan's program, converted as it says.
+def check(plan: Plan, params: Any, names: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless parameters are those of the plan's program, converted as it says.
 
-    leaves: by the names that the plan's sites call them by. A leaf may be float where the plan would quantize it: then
-    it is quantized at every call.
+    names: the leaves by the names that the plan's sites call them by, None where two go by one. A leaf may be float
+    where the plan would quantize it: then it is quantized at every call.
     """
-    for name, leaf in leaves.items():
+    for leaf in jax.tree.leaves(params, is_leaf=is_converted):
         for q in _codes(leaf):
-            check_array(name, q)
-    used = set()
-    for decision in plan.decisions:
-        weight = decision.site.weight
-        if weight is None or not weight.origins:
-            continue
-        home = weight.origins[0]
-        if home not in leaves:
+            check_array(q)
+    weights = [(d, d.site.weight.origins[0]) for d in plan.decisions if d.site.weight and d.site.weight.origins]
+    for decision, home in weights:
+        if home not in names:
             raise ValueError(
                 f"the plan's site '{decision.site.name}' multiplies by '{home}', and there is no such parameter: the "
                 "plan is of another model"
             )
-        if decision.quantizers[decision.site.operands.index(weight)] is not None:
-            used.add(home)
-            _check_leaf(decision, home, leaves[home])
-    strays = [name for name, leaf in leaves.items() if isinstance(leaf, (QArray, Stored)) and name not in used]
-    if strays:
-        raise ValueError(
-            f"'{strays[0]}' is converted, but no site of the plan quantizes it: the plan is of another model"
-        )
+    coded = [(d, home) for d, home in weights if d.quantizers[d.site.operands.index(d.site.weight)] is not None]
+    for decision, home in coded:
+        if names[home] is not None:
+            _check_leaf(decision, home, names[home])
+    for name in names.keys() - {home for _, home in coded}:
+        if isinstance(names[name], (QArray, Stored)):
+            raise ValueError(
+                f"'{name}' is converted, but no site of the plan quantizes it: the plan is of another model"
+            )
 
 
 def _codes(leaf: Any) -> list[QArray]:
@@ -50,7 +48,7 @@ def _codes(leaf: Any) -> list[QArray]:
     return [leaf] if isinstance(leaf, QArray) else []
 
 
-def check_array(name: str, q: QArray) -> None:
+def check_array(q: QArray) -> None:
     """Raise `ValueError` unless the parts of a quantized array have the dtypes and shapes that its format calls for."""
     coded = isinstance(q.format, Codebook)
     storage = q.format.storage if q.packing is None else jnp.uint8
@@ -61,8 +59,8 @@ def check_array(name: str, q: QArray) -> None:
         or (q.table is None) == coded
         or (coded and (q.zero_point is not None or q.outer is not None)),
     }
-    _raise_first(name, problems)
-    _check_numbers(name, q)
+    _raise_first(q, problems)
+    _check_numbers(q)
     check_grid(q.shape, q.grid)
 
 
@@ -74,13 +72,11 @@ def _packs(q: QArray) -> bool:
     return per_byte > 0 and q.stored.shape[axis] == -(-length // per_byte)
 
 
-def _check_numbers(name: str, q: QArray) -> None:
+def _check_numbers(q: QArray) -> None:
     """Check what codes are decoded with: one dtype for each kind of scale."""
     if isinstance(q.format, Codebook):
         shape = (*q.table.shape[:-1], q.format.size)
-        return _raise_first(
-            name, {"the table is not float32 of the codebook's size": not _is(q.table, shape, "float32")}
-        )
+        return _raise_first(q, {"the table is not float32 of the codebook's size": not _is(q.table, shape, "float32")})
     scale = {True: "float8_e4m3fn", False: "float32"}[q.outer is not None]
     kinds = (scale, "uint8") if q.outer is None else (scale,)
     zero = q.zero_point
@@ -89,7 +85,7 @@ def _check_numbers(name: str, q: QArray) -> None:
         "zero points are int32 of the scale's shape": zero is not None and not _is(zero, q.scale.shape, "int32"),
         "the outer scale is float32": q.outer is not None and q.outer.dtype != jnp.float32,
     }
-    _raise_first(name, problems)
+    _raise_first(q, problems)
     if isinstance(q.scaling, Nested):
         check_grid(q.scale.shape, q.outer.shape)
 
@@ -98,10 +94,10 @@ def _is(array: Any, shape: tuple[int, ...], dtype: str) -> bool:
     return array.shape == shape and array.dtype.name == dtype
 
 
-def _raise_first(name: str, problems: Mapping[str, bool]) -> None:
+def _raise_first(q: QArray, problems: Mapping[str, bool]) -> None:
     for problem, present in problems.items():
         if present:
-            raise ValueError(f"'{name}': {problem}")
+            raise ValueError(f"in an array of {q.format}, {problem}")
 
 
 def _check_leaf(decision: Decision, name: str, leaf: Any) -> None:

@@ -49,9 +49,9 @@ def save(path: str | os.PathLike, qparams: Any, plan: Plan, *, shard_bytes: int 
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"save(path, qparams, plan) takes the plan that jaxq.make_plan made, got {plan!r:.80}")
-    description, arrays = tree.describe(qparams)
+    description, arrays = tree.describe(qparams, tree.plan_names(qparams, plan))
     metadata = {"jaxq": VERSION, "tree": _dump(description), "plan": plan.to_json()}
-    agreement.check(plan, _names(tree.build(description, arrays)))
+    agreement.check(plan, *tree.build(description, arrays))
     path = Path(os.path.realpath(path))
     if shard_bytes is None:
         with beside(path) as file:
@@ -103,19 +103,11 @@ def read(path: Path) -> tuple[Any, Plan]:
         built = tree.build(strict_json.parse(container.metadata["tree"], budget), container.arrays)
         strict_json.parse(container.metadata["plan"], budget)
         plan = Plan.from_json(container.metadata["plan"])
-        agreement.check(plan, _names(built))
+        agreement.check(plan, *built)
     except BROKEN as error:
         reason = str(error) or type(error).__name__
         raise FileError(path, f"this is not an intact jaxq model: {reason}; save it again with jaxq.save") from error
     return built[0], plan
-
-
-def _names(built: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
-    """Return leaves by the names of the plan: a tuple may be one tree, or one for each of several arguments."""
-    root, leaves = built
-    if type(root) is not tuple:
-        return leaves
-    return {name.partition("/")[2]: leaf for name, leaf in leaves.items() if "/" in name} | leaves
 
 
 def to_device(leaf: Any) -> Any:

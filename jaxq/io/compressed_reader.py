@@ -69,7 +69,7 @@ def _weight(module: str, arrays: dict[str, np.ndarray], groups: list[dict]) -> Q
     zeros: Any = jnp.asarray(zero.reshape(scale.shape), jnp.int32) if shifted else None
     dtype = jnp.dtype(jnp.float32) if scale.dtype.itemsize > 2 else scale.dtype
     q = QArray(to_device(codes), jnp.asarray(scale, jnp.float32), zeros, form, dtype)
-    agreement.check_array(module, q)
+    agreement.check_array(q)
     return q.packed()
 
 

@@ -50,7 +50,7 @@ def save_compressed_tensors(folder: str | os.PathLike, qparams: Any, plan: Plan)
     >>> loaded
     {'up.weight': QArray(int8[8, 8], scale [8, 1], for float32)}
     """
-    leaves = tree.leaf_names(qparams)
+    leaves = tree.leaf_names(qparams, plan)
     arrays, schemes = {}, {}
     homes = set()
     for decision, ranges in zip(plan.decisions, plan.ranges, strict=True):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.decisions.plan import Plan
+from jaxq.interpretation.arguments import Argnums
 from jaxq.interpretation.transforms import quantize
 from jaxq.io import safetensors, strict_json
 from jaxq.io.errors import FileError
@@ -76,17 +77,17 @@ def export(
     qparams: Any,
     *args: Any,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
-    argnums: int = 0,
+    argnums: Argnums = 0,
     verify: Any = None,
 ) -> Artifact:
     """Return `quantize(f, plan)` with its weights inside, as StableHLO for all `platforms`.
 
     args: what follows the weights. The leading axis of the first array is the batch: it is symbolic, in all arrays that
     have it; a `ShapeDtypeStruct` is taken as it is, symbolic axes or not. Arguments without arrays (`train=False`) are
-    fixed, and left out of the exported signature. argnums: which argument the weights are. verify: arguments to run the
-    artifact on, a tuple or the one there is: it must give on the CPU what `quantize` gives, bit for bit, or
-    `ValueError` is raised. Raises `ValueError` for programs that change state, and JAX's errors for those that depend
-    on the size of the batch.
+    fixed, and left out of the exported signature. argnums: which arguments the weights are, as for `convert`. verify:
+    arguments to run the artifact on, a tuple or the one there is: it must give on the CPU what `quantize` gives, bit
+    for bit, or `ValueError` is raised. Raises `ValueError` for programs that change state, and JAX's errors for those
+    that depend on the size of the batch.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}, jnp.ones((2, 4))
@@ -140,10 +141,19 @@ def _hidden(params: Any) -> Any:
     return jax.tree.map(veil, params)
 
 
-def _pure(run: Callable, params: Any, args: list, argnums: int) -> Any:
+def _together(params: Any, args: Sequence[Any], argnums: Argnums) -> list:
+    """Return all arguments of a call: the parameters at their places among the others."""
+    pairs = [(argnums, params)] if isinstance(argnums, int) else zip(argnums, params, strict=True)
+    whole = list(args)
+    for number, tree in sorted(pairs, key=lambda pair: pair[0]):
+        whole.insert(number, tree)
+    return whole
+
+
+def _pure(run: Callable, params: Any, args: list, argnums: Argnums) -> Any:
     """Run, and raise where the call changed its parameters: an exported program has no state."""
     before = jax.tree.leaves(params)
-    out = run(*args[:argnums], params, *args[argnums:])
+    out = run(*_together(params, args, argnums))
     if any(old is not new for old, new in zip(before, jax.tree.leaves(params), strict=True)):
         raise ValueError("the call changes its module, which an exported program cannot: call module.eval() first")
     return out
@@ -164,10 +174,10 @@ def _described(exported: jax.export.Exported) -> Artifact:
     return Artifact(program + MARK + json.dumps(about).encode(), about)
 
 
-def _verify(artifact: Artifact, run: Callable, qparams: Any, inputs: tuple, argnums: int, dynamic: list) -> None:
+def _verify(artifact: Artifact, run: Callable, qparams: Any, inputs: tuple, argnums: Argnums, dynamic: list) -> None:
     """Raise `ValueError` unless the artifact gives what `quantize` gives, bit for bit, on the CPU."""
     with jax.default_device(jax.devices("cpu")[0]):
-        want = run(*inputs[:argnums], qparams, *inputs[argnums:])
+        want = run(*_together(qparams, inputs, argnums))
         got = artifact.call(*(inputs[n] for n in dynamic))
     for number, pair in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
         a, b = (np.asarray(x) for x in pair)

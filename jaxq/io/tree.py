@@ -6,13 +6,14 @@ arrays, `QArray`, `Stored`, `Dropped`, random keys and plain Python values; a le
 place only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.decisions.plan import Plan
 from jaxq.interpretation.arguments import take_apart
 from jaxq.io.safetensors import DTYPES, RESERVED
 from jaxq.numbers import spec
@@ -59,18 +60,30 @@ class Writing(NamedTuple):
     names: Iterator[str]
 
 
-def leaf_names(tree: Any) -> dict[str, Any]:
-    """Return the leaves of parameters by the names that plans call them by."""
-    layout, leaves = take_apart((tree,), {}, 0)
-    return dict(zip(("/".join(name) for name in layout.names), leaves, strict=True))
+def plan_names(params: Any, plan: Plan) -> list[str]:
+    """Return what a plan calls the leaves of parameters, which are one tree or a tuple of several arguments' trees."""
+    homes = {site.weight.origins[0] for site in plan.sites if site.weight and site.weight.origins}
+    names = _names((params,))
+    return names if type(params) is not tuple or homes <= set(names) else _names(params)
 
 
-def describe(tree: Any) -> tuple[Json, dict[str, Any]]:
-    """Return the JSON of a tree and its arrays by name.
+def _names(args: tuple) -> list[str]:
+    layout, _ = take_apart(args, {}, range(len(args)))
+    return ["/".join(name) for name in layout.names]
+
+
+def leaf_names(params: Any, plan: Plan) -> dict[str, Any]:
+    """Return the leaves of parameters by the names that a plan calls them by."""
+    _, leaves = take_apart((params,), {}, 0)
+    return dict(zip(plan_names(params, plan), leaves, strict=True))
+
+
+def describe(tree: Any, names: Sequence[str]) -> tuple[Json, dict[str, Any]]:
+    """Return the JSON of a tree whose leaves plans call `names`, and its arrays by name.
 
     Raises `TypeError` for leaves and dict keys that cannot be written, naming them.
     """
-    writing = Writing({}, iter(leaf_names(tree)))
+    writing = Writing({}, iter(names))
     return _node(tree, "", writing), writing.arrays
 
 
@@ -167,7 +180,10 @@ def _plain(value: Any, path: str) -> Any:
 
 
 class Reading(NamedTuple):
-    """What a tree is read from: the arrays not yet used; and the leaves so far, by the names that plans call them."""
+    """What a tree is read from: the arrays not yet used; and the leaves so far, by the names that plans call them.
+
+    A name that two leaves go by (`{"w": ..., "params": {"w": ...}}`) stands for None.
+    """
 
     arrays: dict[str, np.ndarray]
     leaves: dict[str, Any]
@@ -192,9 +208,9 @@ def _build(node: Any, rest: Reading) -> Any:
     name = fields.pop("leaf", None)
     value = READERS[fields.pop("type")](rest, **fields)
     if name is not None:
-        if type(name) is not str or name in rest.leaves:
-            raise ValueError(f"the leaf name {name!r:.80} is not a text of its own")
-        rest.leaves[name] = value
+        if type(name) is not str:
+            raise ValueError(f"the leaf name {name!r:.80} is not a text")
+        rest.leaves[name] = None if name in rest.leaves else value
     return value
 
 
