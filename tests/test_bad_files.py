@@ -1,5 +1,6 @@
 """Files that are broken or hostile, disks that are full: an error that names the file, and nothing lost."""
 
+import contextlib
 import json
 import os
 import random
@@ -332,6 +333,14 @@ def mutated(rng: random.Random, data: bytes, donor: bytes) -> bytes:
     return bytes(out)
 
 
+def edited(rng: random.Random, data: bytes) -> bytes:
+    """Return a text with one to three random edits."""
+    out = bytearray(data)
+    for change in rng.choices((flip, replace_byte, cut, graft, renumber, rename), k=rng.randint(1, 3)):
+        change(rng, out, rng.randrange(len(out)), data)
+    return bytes(out)
+
+
 def fuzz(models, path, count):
     """Load mutated files; return how many were refused, and the peak of memory over that of the file."""
     originals = []
@@ -362,6 +371,36 @@ def test_mutated_files_are_refused_or_read(models, tmp_path):
     assert 1500 < refusals <= 2000
     # The files are of 6 kB; what is fixed in the parsers' memory weighs more than what follows the file.
     assert worst < 10**6
+
+
+def test_mutated_folders_are_refused_or_read(folder, models):
+    originals = {path: path.read_bytes() for path in folder.iterdir()}
+    rng, index = random.Random(0), folder / INDEX
+    for number in range(300):
+        text = edited(rng, originals[index])
+        index.write_bytes(text)
+        if number % 3:
+            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
+                reindexed(folder, lambda _: None)
+        with contextlib.suppress(jaxq.FileError):
+            jaxq.load(folder)
+    index.write_bytes(originals[index])
+    assert jaxq.load(folder)[1] == models["int4"][1]
+
+
+def test_mutated_checkpoints_of_others_are_refused_or_read(models, tmp_path):
+    jaxq.save_compressed_tensors(tmp_path, *models["int4"])
+    weights, config = (tmp_path / name for name in ("model.safetensors", "config.json"))
+    originals = weights.read_bytes(), config.read_bytes()
+    rng, refusals = random.Random(0), 0
+    for _ in range(300):
+        weights.write_bytes(mutated(rng, originals[0], originals[1]) if rng.random() < 0.7 else originals[0])
+        config.write_bytes(edited(rng, originals[1]) if rng.random() < 0.5 else originals[1])
+        try:
+            jaxq.load_compressed_tensors(tmp_path)
+        except jaxq.FileError:
+            refusals += 1
+    assert 100 < refusals < 300
 
 
 @pytest.mark.long
