@@ -73,7 +73,8 @@ def saved() -> Saved:
     x = jax.random.normal(jax.random.key(1), (3, 64))
     static = jaxq.int8(per_tensor=True, calibrator=jaxq.mse())
     policy = {name: jaxq.Scheme(weight=q) for name, q in QUANTIZERS.items()}
-    plan = jaxq.calibrate(every, policy | {"int8": jaxq.Scheme(jaxq.int8(), static)}, progress=False)(params, [x])
+    policy["int8"] = jaxq.Scheme(jaxq.int8(), static, out=static)
+    plan = jaxq.calibrate(every, policy, progress=False)(params, [x])
     plain = {name: jnp.array([0, 1, 1], kind) for name, kind in PLAIN.items()}
     return Saved(jaxq.convert(every, plan)(params, x) | {"plain": plain}, plan, x)
 

@@ -77,7 +77,7 @@ def decoded(arrays, module, scheme):
     return (codes - np.repeat(zero, repeats, 1)) * np.repeat(scale, repeats, 1)
 
 
-FLOAT8 = jaxq.float8()
+FLOAT8, STATIC = jaxq.float8(), jaxq.int8(per_tensor=True, calibrator=jaxq.minmax())
 SCHEMES = {
     "int8": (jaxq.w8a8(), "int-quantized", ("int", 8, True, "channel", "token")),
     "int8 static": (jaxq.w8a8(static=True), "int-quantized", ("int", 8, True, "channel", "tensor")),
@@ -224,6 +224,7 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path):
     for policy, match in [
         (jaxq.weight_only(jaxq.fixed(8, 6)), "'layer/up' multiplies Q1.6"),
         (jaxq.Uniform(jaxq.Scheme(jaxq.int4(), jaxq.int8())), "'layer/up' multiplies int4 weights by int8"),
+        (jaxq.Uniform(jaxq.Scheme(jaxq.int8(), STATIC, out=STATIC)), "'layer/up' rounds its output"),
         (None, "nothing is quantized"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -82,7 +82,8 @@ def _check_numbers(q: QArray) -> None:
     zero = q.zero_point
     problems = {
         f"scales are {' or '.join(kinds)}, not {q.scale.dtype}": q.scale.dtype.name not in kinds,
-        "zero points are int32 of the scale's shape": zero is not None and not _is(zero, q.scale.shape, "int32"),
+        "zero points are of the codes' type and the scale's shape": zero is not None
+        and not _is(zero, q.scale.shape, jnp.dtype(q.format.storage).name),
         "the outer scale is float32": q.outer is not None and q.outer.dtype != jnp.float32,
     }
     _raise_first(q, problems)

@@ -200,11 +200,11 @@ def _read_folder(folder: Path) -> Container:
             arrays.update(_read_shard(folder, file))
         if {name: file for name, (_, file) in arrays.items()} != index["weight_map"]:
             raise ValueError("its shards hold other arrays than it lists")
+        return Container({name: array for name, (array, _) in arrays.items()}, dict(index["metadata"]), 0)
     except FileError:
         raise
     except BROKEN as error:
         raise FileError(path, f"this is not an intact index: {error}; save the model again") from error
-    return Container({name: array for name, (array, _) in arrays.items()}, index["metadata"], 0)
 
 
 def _read_shard(folder: Path, name: str) -> dict[str, tuple[np.ndarray, str]]:

@@ -66,7 +66,7 @@ def _weight(module: str, arrays: dict[str, np.ndarray], groups: list[dict]) -> Q
     if scale.ndim != 2 or (zero is not None and zero.size != scale.size):
         raise ValueError(f"'{module}' has scales of shape {list(scale.shape)}")
     shifted = zero is not None and form != E4M3 and zero.any()  # symmetric weights may come with zeros
-    zeros: Any = jnp.asarray(zero.reshape(scale.shape), jnp.int32) if shifted else None
+    zeros: Any = jnp.asarray(zero.reshape(scale.shape), form.storage) if shifted else None
     dtype = jnp.dtype(jnp.float32) if scale.dtype.itemsize > 2 else scale.dtype
     q = QArray(to_device(codes), jnp.asarray(scale, jnp.float32), zeros, form, dtype)
     agreement.check_array(q)

@@ -53,21 +53,21 @@ def save_compressed_tensors(folder: str | os.PathLike, qparams: Any, plan: Plan)
     leaves = tree.leaf_names(qparams, plan)
     arrays, schemes = {}, {}
     homes = set()
-    for decision, ranges in zip(plan.decisions, plan.ranges, strict=True):
+    for decision in plan.decisions:
         weight = decision.site.weight
         home = weight.origins[0] if weight and weight.origins else None
         if home in homes or not isinstance(leaves.get(home), (QArray, Stored)):
             continue
         homes.add(home)
         module = decision.site.name.replace("/", ".")
-        parts, schemes[module] = _module(decision, ranges, leaves[home])
+        parts, schemes[module] = _module(decision, plan, leaves[home])
         arrays.update({f"{module}.{name}": part for name, part in parts.items()})
     plain = {name.replace("/", "."): leaf for name, leaf in leaves.items() if name not in homes}
     arrays.update({name: leaf for name, leaf in plain.items() if not isinstance(leaf, Dropped)})
     _write(Path(os.path.realpath(folder)), arrays, _config(schemes, plan))
 
 
-def _module(decision: Decision, ranges: tuple[Range | None, ...], leaf: Any) -> tuple[dict[str, Any], dict]:
+def _module(decision: Decision, plan: Plan, leaf: Any) -> tuple[dict[str, Any], dict]:
     """Return the arrays and the scheme of one site's module."""
     site = decision.site
     if site.op != "dot_general" or not isinstance(leaf, QArray) or leaf.ndim != 2:
@@ -75,8 +75,10 @@ def _module(decision: Decision, ranges: tuple[Range | None, ...], leaf: Any) -> 
             f"site '{site.name}' is {site.op} with a weight of shape {list(leaf.shape)}: compressed-tensors holds "
             "weights of matrix products [inputs, outputs], each of one leaf; leave it in float by the policy"
         )
+    if decision.out is not None:
+        raise ValueError(f"site '{site.name}' rounds its output (Scheme(out=)), which compressed-tensors cannot say")
     number = 1 - site.operands.index(site.weight)
-    act, seen = decision.quantizers[number], ranges[number]
+    act = decision.quantizers[number]
     codes, q = np.asarray(leaf.codes), leaf.plain()
     scale, zero = np.asarray(q.scale), None if q.zero_point is None else np.asarray(q.zero_point)
     if _inputs(decision, leaf) == 0:
@@ -86,14 +88,13 @@ def _module(decision: Decision, ranges: tuple[Range | None, ...], leaf: Any) -> 
     strategy = "tensor" if scale.size == 1 < len(codes) else "channel" if scale.shape[1] == 1 else "group"
     parts["weight_scale"] = scale.reshape(1) if strategy == "tensor" else scale
     if act is not None and act.static:
+        feed = decision.feed(number)
+        seen = plan.range(feed.site)[-1] if feed else plan.range(site.name)[number]
         parts["input_scale"] = _input_scale(act, seen, site.name)
     group = codes.shape[1] // scale.shape[1] if strategy == "group" else None
     weights = _arguments(leaf.format, strategy, zero is None, group)
-    return parts, {
-        "format": kind,
-        "weights": weights,
-        "input_activations": None if act is None else _act_arguments(act),
-    }
+    inputs = None if act is None else _act_arguments(act)
+    return parts, {"format": kind, "weights": weights, "input_activations": inputs}
 
 
 def _inputs(decision: Decision, leaf: QArray) -> int:
@@ -114,8 +115,9 @@ def _inputs(decision: Decision, leaf: QArray) -> int:
 def _format(leaf: QArray, act: Quantizer | None, name: str) -> str:
     """Return the name of the layout for a weight and its activations, or raise."""
     form = leaf.format
-    if leaf.scaling is None and (act is None or act.format == form):
-        if form == E4M3 and (act is not None or 1 in leaf.grid):
+    plain = act is None or (act.format == form and act.group is None and act.scaling is None)
+    if leaf.scaling is None and plain:
+        if form == E4M3 and 1 in leaf.grid:
             return "float-quantized"
         if form == Int(8) and act is not None and leaf.zero_point is None and 1 in leaf.grid and act.symmetric:
             return "int-quantized"

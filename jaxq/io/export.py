@@ -60,9 +60,10 @@ class Artifact:
         program, mark, line = data.rpartition(MARK)
         try:
             about = strict_json.parse(line.decode())
-            if not mark or about["jaxq_export"] != VERSION or about["crc32"] != zlib.crc32(program):
+            stated = about.pop("crc32")
+            if not mark or about["jaxq_export"] != VERSION or stated != _checksum(program, about):
                 raise ValueError("its last line or its checksum is not that of an export")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileError(path, f"this is not an intact jaxq export: {error}; export the model again") from error
         return Artifact(data, about)
 
@@ -169,9 +170,13 @@ def _described(exported: jax.export.Exported) -> Artifact:
         "platforms": list(exported.platforms),
         "inputs": [aval.str_short() for aval in exported.in_avals],
         "outputs": [aval.str_short() for aval in exported.out_avals],
-        "crc32": zlib.crc32(program),
     }
-    return Artifact(program + MARK + json.dumps(about).encode(), about)
+    line = json.dumps({**about, "crc32": _checksum(program, about)})
+    return Artifact(program + MARK + line.encode(), about)
+
+
+def _checksum(program: bytes, about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about).encode(), zlib.crc32(program))
 
 
 def _verify(artifact: Artifact, run: Callable, qparams: Any, inputs: tuple, argnums: Argnums, dynamic: list) -> None:
