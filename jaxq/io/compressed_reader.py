@@ -23,6 +23,14 @@ def load_compressed_tensors(folder: str | os.PathLike) -> dict[str, jax.Array | 
 
     int8, float8 and packed codes of 4 and 8 bits are read, per tensor, channel or group. `q.transpose((1, 0))` is the
     kernel [inputs, outputs]. Raises `FileError` for files that are broken or hold other schemes, naming the module.
+
+    >>> import tempfile, jax.numpy as jnp, jaxq
+    >>> f, params, x = (lambda p, x: x @ p["up"]), {"up": jnp.eye(8)}, jnp.ones((2, 8))
+    >>> plan = jaxq.make_plan(f, jaxq.weight_only(jaxq.int4(group=4)))(params, x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxq.save_compressed_tensors(folder, jaxq.convert(f, plan)(params, x), plan)
+    ...     jaxq.load_compressed_tensors(folder)
+    {'up.weight': QArray(int4[8, 8], scale [8, 2], for float32)}
     """
     folder = Path(folder)
     path = folder / "config.json"
