@@ -14,6 +14,7 @@ from jaxq.decisions.plan import Plan as Plan
 from jaxq.decisions.recipes import Uniform as Uniform
 from jaxq.decisions.recipes import w8a8 as w8a8
 from jaxq.decisions.recipes import weight_only as weight_only
+from jaxq.decisions.resolve import revise as revise
 from jaxq.decisions.scheme import Backward as Backward
 from jaxq.decisions.scheme import Scheme as Scheme
 from jaxq.interpretation.calibrate import calibrate as calibrate
@@ -93,5 +94,12 @@ from jaxq.numbers.rounding import straight_through as straight_through
 from jaxq.programs.analysis import CoverageError as CoverageError
 from jaxq.programs.sites import Operand as Operand
 from jaxq.programs.sites import Site as Site
+from jaxq.report.measure import report as report
+from jaxq.report.report import Report as Report
+from jaxq.report.report import SiteReport as SiteReport
+from jaxq.report.saved import saved_report as saved_report
+from jaxq.report.sensitivity import Effect as Effect
+from jaxq.report.sensitivity import Sensitivity as Sensitivity
+from jaxq.report.sensitivity import sensitivity as sensitivity
 
 __version__ = "0.1.0"

@@ -60,7 +60,7 @@ def _by_glob(rules: Mapping[str, Any], sites: Sequence[Site]) -> list[Choice]:
     for pattern in rules:
         if not isinstance(pattern, str):
             raise TypeError(f"a policy's keys are globs on site names, got {pattern!r}")
-        rulings[pattern] = [n for n, site in enumerate(sites) if fnmatch.fnmatchcase(site.name, pattern)]
+        rulings[pattern] = [n for n, site in enumerate(sites) if _matches(site.name, pattern)]
         for n in rulings[pattern]:
             firsts[n] = firsts[n] or pattern
     _check_globs(rulings, firsts, sites)
@@ -68,6 +68,10 @@ def _by_glob(rules: Mapping[str, Any], sites: Sequence[Site]) -> list[Choice]:
         Choice(_ask(rules[p], site, f"the policy's value for '{p}'"), True) if p else Choice(None, False)
         for p, site in zip(firsts, sites, strict=True)
     ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name may look like a glob: `layers[0]`
 
 
 def _check_globs(rulings: dict[str, list[int]], firsts: list[str | None], sites: Sequence[Site]) -> None:

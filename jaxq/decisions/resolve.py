@@ -14,7 +14,7 @@ from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Choice, Policy, choose
 from jaxq.decisions.scheme import Scheme
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import EMA, MinMax, Range
 from jaxq.numbers.formats import Fixed, Float, Int
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Feed, Operand, Site
@@ -175,6 +175,67 @@ def _check_nested(decision: Decision) -> None:
             f"site '{decision.site.name}' multiplies groups of {groups[0]} by groups of {groups[1]}, which do not "
             "nest; make one group= a multiple of the other"
         )
+
+
+# --- a plan with other decisions -------------------------------------------------------------------------------------
+
+
+def revise(plan: Plan, changes: Policy) -> Plan:
+    """Return a plan with other decisions where `changes`, a policy, says something; the other sites stay as they are.
+
+    A dict of globs or names leaves alone what it does not match. Ranges are kept, also at a changed site whose ranges
+    follow the data in the same way; the others are unobserved, which `calibrate` mends. Raises like `make_plan`.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["up"] @ p["head"]), {"up": jnp.eye(4), "head": jnp.eye(4)}
+    >>> plan = jaxq.calibrate(f, jaxq.w8a8(static=True), progress=False)(params, [jnp.ones((2, 4))])
+    >>> plan = jaxq.revise(plan, {"head": None})
+    >>> plan["head"].reason, float(plan.range("up")[0].hi)
+    ('by policy', 1.0)
+    """
+    choices = choose(changes, plan.sites)
+    changed = [_changed(d, choice) if choice.ruled else d for d, choice in zip(plan.decisions, choices, strict=True)]
+    outputs = {decision.site.name: decision.out for decision in changed}
+    decisions = tuple(_relinked(decision, outputs) for decision in changed)
+    pairs = zip(plan.decisions, decisions, plan.ranges, strict=True)
+    return Plan(decisions, tuple(_kept_ranges(old, new, ranges) for old, new, ranges in pairs))
+
+
+def _changed(old: Decision, choice: Choice) -> Decision:
+    new = _decide(old.site, choice)
+    if new.scheme is None:
+        return new
+    if new.out is not None and new.out != old.out:
+        raise ValueError(
+            f"site '{old.site.name}': a plan does not know who reads an output that it has not quantized so far; "
+            "make a new plan for another Scheme(out=)"
+        )
+    new = dataclasses.replace(new, fed=old.fed if new.scheme.act is not None else ())
+    _check_sums(new)
+    _check_backward(new)
+    _check_grids(new)
+    return new
+
+
+def _relinked(decision: Decision, outputs: dict[str, Quantizer | None]) -> Decision:
+    """Return the decision without the feeds from outputs that are no longer quantized."""
+    fed = tuple(feed if feed and outputs.get(feed.site) == feed.quantizer else None for feed in decision.fed)
+    return dataclasses.replace(decision, fed=fed if any(fed) else ())
+
+
+def _kept_ranges(old: Decision, new: Decision, ranges: tuple) -> tuple[Range | None, ...]:
+    if old == new:
+        return ranges
+    # The output's range comes last, and there is none that was not there before.
+    quads = zip(old.ranged, new.ranged, ranges, blank_ranges(new), strict=False)
+    return tuple(r if r is not None and _see_alike(a, b) else blank for a, b, r, blank in quads)
+
+
+def _see_alike(a: Quantizer | None, b: Quantizer | None) -> bool:
+    """Tell whether two quantizers would have the same range from the same data."""
+    if a is None or b is None or a.calibrator != b.calibrator:
+        return False
+    return a == b or (isinstance(b.calibrator, (MinMax, EMA)) and a.counts == b.counts)
 
 
 # --- a plan on another program ---------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def calibrate(
     def calibrated(params: Any, batches: Iterable[Any], **kwargs) -> Plan:
         plan: Any = policy
         number = -1
-        for number, batch in enumerate(_bar(batches, progress)):
-            args = _arguments(params, batch, argnums)
+        for number, batch in enumerate(bar(batches, progress, "calibrate")):
+            args = arguments(params, batch, argnums)
             if not isinstance(plan, Plan):
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             _, plan = observe(f, plan, argnums=argnums)(*args, **kwargs)
@@ -46,7 +46,7 @@ def calibrate(
     return calibrated
 
 
-def _arguments(params: Any, batch: Any, argnums: Argnums) -> list:
+def arguments(params: Any, batch: Any, argnums: Argnums) -> list:
     """Return the positional arguments of a call: those of the batch, with the weights at their places."""
     args = list(batch) if type(batch) is tuple else [batch]
     weights = {argnums: params} if isinstance(argnums, int) else dict(zip(argnums, params, strict=True))
@@ -56,10 +56,11 @@ def _arguments(params: Any, batch: Any, argnums: Argnums) -> list:
     return args
 
 
-def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def bar(batches: Iterable[Any], progress: bool, label: str) -> Iterable[Any]:
+    """Return the batches, with a progress bar."""
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
+    return tqdm(batches, desc=label, unit="batch", disable=not progress)
 
 
 def _check_finite(plan: Plan, number: int) -> None:

@@ -17,7 +17,7 @@ from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.interpretation.arguments import Argnums, Layout, shape_of, take_apart
 from jaxq.interpretation.program import Program, load
-from jaxq.interpretation.rules import Capture
+from jaxq.interpretation.rules import Capture, Rule
 from jaxq.interpretation.transforms import DEFAULT
 from jaxq.interpretation.weights import to_leaf
 from jaxq.numbers.qarray import Dropped, QArray, Stored, is_converted
@@ -45,7 +45,7 @@ def convert(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 
         layout, leaves = take_apart(args, kwargs, argnums)
         _check_weights(layout, leaves)
         program = load(f, layout, leaves, policy)
-        captured = _capture(program, layout, leaves)
+        captured = _capture(program, leaves)
         _check_scales(captured)
         read = _still_read(program, leaves, captured)
         by_index = {i: (leaf, r) for leaf, i, r in zip(leaves, layout.weights, read, strict=True) if i is not None}
@@ -80,16 +80,22 @@ def _check_scales(captured: Captured) -> None:
             )
 
 
-def _capture(program: Program, layout: Layout, leaves: list) -> Captured:
-    """Return the codes of every convertible weight, computed from the parameter leaves alone."""
+def ahead(program: Program, rule: Rule, leaves: list) -> tuple[Callable, list]:
+    """Return a function that computes what a rule observes, and the leaves it takes: no more than that needs."""
 
     def watch(*arrays):
-        return program.run(Capture(program.execute), list(arrays), {})[1]
+        return program.run(rule, list(arrays), {})[1]
 
     body, out = jaxpr.trace(watch, *(shape_of(leaf) for leaf in leaves))
     body, used = jaxpr.prune(body)
     arrays = [leaf for leaf, u in zip(leaves, used, strict=True) if u]
-    codes = jax.tree.unflatten(jax.tree.structure(out), jax.jit(lambda *xs: jaxpr.evaluate(body, *xs))(*arrays))
+    return lambda *xs: jax.tree.unflatten(jax.tree.structure(out), jaxpr.evaluate(body, *xs)), arrays
+
+
+def _capture(program: Program, leaves: list) -> Captured:
+    """Return the codes of every convertible weight, computed from the parameter leaves alone."""
+    observe, arrays = ahead(program, Capture(program.execute), leaves)
+    codes = jax.jit(observe)(*arrays)
     return {item.site.name: (item, codes[path]) for path, item in program.active.items() if path in codes}
 
 

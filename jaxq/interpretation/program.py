@@ -51,6 +51,12 @@ class Program:
         pairs = zip(self.analysis.located, self.decisions, strict=True)
         return {item.path: item for item, decision in pairs if decision.scheme is not None}
 
+    def asked(self, rule: Rule) -> dict[Path, Located]:
+        """The sites at which a rule is asked, by path: the active ones, or all that could be."""
+        if not rule.floats:
+            return self.active
+        return {item.path: item for item in self.analysis.located if not item.site.obstacle}
+
     @property
     def coded(self) -> set[int]:
         """The parameter leaves that quantized weights are made of."""
@@ -63,7 +69,7 @@ class Program:
         return Execute({item.path: decision for item, decision in pairs})
 
     def channel(self, leaves: list, weights: dict[str, QArray], key: jax.Array | None) -> Channel:
-        """Return what each active site is given: its ranges, its converted weight if there is one, a key of its own.
+        """Return what each site is given: its ranges, its converted weight if there is one, a key of its own.
 
         A static range says nothing of NaN in the data, which would pass for a number; so NaN in an input makes every
         static range NaN, and with it what comes out.
@@ -74,7 +80,7 @@ class Program:
         channel = {}
         for item, decision, own, noise in zip(self.analysis.located, self.decisions, ranges, keys, strict=True):
             *inputs, out = (r and _alarmed(r, alarm) for r in own)
-            if decision.scheme is not None:
+            if not item.site.obstacle:
                 channel[item.path] = Given(tuple(inputs), weights.get(decision.site.name), out, noise)
         return channel
 
@@ -92,14 +98,26 @@ class Program:
         alarm = functools.reduce(jnp.maximum, [jnp.max(bell) for bell in bells], jnp.float32(0))
         return jnp.where(alarm > 0, jnp.float32(jnp.nan), jnp.float32(0))
 
-    def run(self, rule: Rule, leaves: list, weights: dict[str, QArray], key=None) -> tuple[Any, dict[Path, Any]]:
-        """Return `(out, module changes)` and the observations. Without an active site it is the program itself."""
-        active = self.active
-        if not active:
+    def run(
+        self,
+        rule: Rule,
+        leaves: list,
+        weights: dict[str, QArray],
+        key: jax.Array | None = None,
+        *,
+        signals: dict[Path, Any] | None = None,
+    ) -> tuple[Any, dict[Path, Any]]:
+        """Return `(out, module changes)` and the observations. Without a site to ask at it is the program itself.
+
+        signals: what a rule of its own kind gives to its sites.
+        """
+        sites = self.asked(rule)
+        if not sites:
             return jax.tree.unflatten(self.out_structure, jaxpr.evaluate(self.body, *leaves)), {}
-        outs, seen = Interpreter(active, rule).run(
-            self.veiled(active), self.veil(leaves), self.channel(leaves, weights, key)
-        )
+        channel = {path: given for path, given in self.channel(leaves, weights, key).items() if path in sites}
+        if signals is not None:
+            channel = {path: given._replace(signal=signals[path]) for path, given in channel.items()}
+        outs, seen = Interpreter(sites, rule).run(self.veiled(self.active), self.veil(leaves), channel)
         return jax.tree.unflatten(self.out_structure, outs), seen
 
     def veil(self, leaves: list) -> list:

@@ -26,18 +26,23 @@ from jaxq.programs.sites import Located, Path
 
 class Given(NamedTuple):
     """What a site is given from outside: static ranges of its operands and of its output, its weight's codes if they
-    were converted, and a random key if something is to be rounded stochastically."""
+    were converted, and a random key if something is to be rounded stochastically.
+
+    signal: whatever else the rule wants to know that is traced; like all of it, [*stack] in front.
+    """
 
     ranges: tuple[Range | None, ...]
     weight: QArray | None
     out: Range | None = None
     key: jax.Array | None = None
+    signal: Any = None
 
 
 class Rule(abc.ABC):
     """How to run a site, and how its observations combine. An observation of zeros means "nothing seen"."""
 
     once: bool = False  # run every branch, and loop bodies once: for what does not depend on data
+    floats: bool = False  # asked at sites left in float too
 
     @abc.abstractmethod
     def __call__(self, item: Located, eqn: jaxpr.Eqn, operands: list, given: Given) -> tuple[list, Any]:
@@ -125,9 +130,9 @@ class Observe(Rule):
     def merge_devices(self, seen, axes):
         def hull(r: Range) -> Range:
             lo, hi, count = (
-                _over(reduce, x, axes) for reduce, x in zip((lax.pmin, lax.pmax, lax.pmax), r, strict=False)
+                over(reduce, x, axes) for reduce, x in zip((lax.pmin, lax.pmax, lax.pmax), r, strict=False)
             )
-            return Range(lo, hi, count, None if r.histogram is None else _all_counts(r.histogram, axes))
+            return Range(lo, hi, count, None if r.histogram is None else all_counts(r.histogram, axes))
 
         return jax.tree.map(hull, seen, is_leaf=_is_range)
 
@@ -143,17 +148,17 @@ def _is_range(node: Any) -> bool:
     return isinstance(node, Range)
 
 
-def _over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
+def over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Reduce over the mesh axes along which a value varies; where that is not tracked, over all."""
     varying = getattr(jax.typeof(x), "vma", None)
     names = tuple(axes & varying) if varying else tuple(axes)
     return reduce(x, names) if names and (varying or varying is None) else x
 
 
-def _all_counts(h: Histogram, axes: frozenset[str]) -> Histogram:
+def all_counts(h: Histogram, axes: frozenset[str]) -> Histogram:
     """Return the histogram of the values of all devices: as wide as the widest, then added up."""
-    wide = histogram.coarsen(h, _over(lax.pmax, h.exponent, axes))
-    return wide._replace(counts=_over(lax.psum, wide.counts, axes))
+    wide = histogram.coarsen(h, over(lax.pmax, h.exponent, axes))
+    return wide._replace(counts=over(lax.psum, wide.counts, axes))
 
 
 @dataclasses.dataclass(frozen=True)

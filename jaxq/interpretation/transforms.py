@@ -52,7 +52,7 @@ def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | N
         program = load(fn, layout, leaves, policy, lines=False)
         if not spec.watch:
             whole = isinstance(policy, Plan)
-            _check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
+            check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
         result, seen = _interpret(program, layout, leaves, spec.watch, key)
     names = {item.path: item.site.name for item in program.analysis.located}
     return result, {names[path]: value for path, value in seen.items()}
@@ -136,7 +136,7 @@ def _call(runner, policy, argnums, args, kwargs, *, watch="", key=None):
     return out, seen
 
 
-def _check_observed(program: Program, blank: Collection[str]) -> None:
+def check_observed(program: Program, blank: Collection[str]) -> None:
     """Raise where a site that will run has a static range among the `blank` ones."""
     active = [d for d in program.decisions if d.scheme is not None]
     needed = [name for d in active for name in (*(fed.site for fed in d.fed if fed), d.site.name)]

@@ -1,0 +1,1 @@
+"""What quantization does to a program, measured and shown: as a table, JSON, one HTML page, pictures."""
