@@ -32,9 +32,10 @@ def report(
     """Return a function `(params, batches, **kwargs) -> Report` that measures what a plan does to a program.
 
     Float and quantized program run side by side, compiled once for each shape of batch; memory does not depend on the
-    number of batches. A tuple in `batches` holds the other positional arguments, anything else is the one
-    argument; the weights are float, a tuple of them where `argnums` is a sequence. progress: show a bar. Raises `ValueError` for no batches, for unobserved static
-    ranges, and for NaN or infinity at a site, naming it and the batch, `TypeError` for converted weights.
+    number of batches. A tuple in `batches` holds the other positional arguments, anything else is the one argument; the
+    weights are float, a tuple of them where `argnums` is a sequence. progress: show a bar. Raises `ValueError` for no
+    batches, for unobserved static ranges, and for NaN or infinity at a site, naming it and the batch, `TypeError` for
+    converted weights.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
