@@ -79,6 +79,8 @@ class Compare(Rule):
     floats = True
 
     def __call__(self, item, eqn, operands, given):
+        # The lanes meet in a batching rule: a collective over them would not mix with the axes of a mesh. What the
+        # function does without a batch is never run, it only says what comes out.
         @jax.custom_batching.custom_vmap
         def site(given, operands):
             y, _, sight = self.compared(item, eqn, (operands, operands), given)
@@ -157,11 +159,8 @@ class Switch(Rule):
             return x
 
         def imitated(x):
-            q = (
-                weight_codes(task, x)
-                if number == task.weight
-                else to_codes(task, number, x, hide(given.ranges[number]))
-            )
+            is_weight = number == task.weight
+            q = weight_codes(task, x) if is_weight else to_codes(task, number, x, hide(given.ranges[number]))
             return q.decode(x.dtype)
 
         return lax.cond(given.signal[number], imitated, lambda x: x, x)
