@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import jax
+import numpy as np
 
 LEAST, MOST = 3, 50  # calls of each
 
@@ -25,4 +25,4 @@ def median_seconds(calls: Sequence[Callable], seconds: float = 1.0) -> list[floa
             start = time.perf_counter()
             jax.block_until_ready(call())
             taken.append(time.perf_counter() - start)
-    return [median(taken) for taken in times]
+    return [float(np.median(taken)) for taken in times]
