@@ -103,7 +103,8 @@ class Compare(Rule):
             (out,) = jaxpr.rebind(eqn, *rough)
             return y, out, Sight((None,) * item.op.operands, None, noise.of(y, out), jnp.float32(1))
         given = self.with_codes(item, exact, given)
-        alone, out = self.execute.run(item, exact, given), self.execute.run(item, rough, given)
+        (alone,), _ = self.execute(item, eqn, exact, given)
+        (out,), _ = self.execute(item, eqn, rough, given)
         seen = self.watched(item, exact, given.ranges)
         return y, out, Sight(seen, noise.of(y, alone), noise.of(y, out), jnp.float32(1))
 

@@ -87,7 +87,7 @@ def _compare(f: Callable, layout: Static, blank: frozenset[str], plan: Plan, lea
 
     def run(lane):
         lanes = {item.path: jnp.full(item.site.stack, lane) for item in program.analysis.located}
-        return program.run(Compare(program.execute), leaves, {}, lanes)
+        return program.run(Compare(program.execute), leaves, {}, signals=lanes)
 
     (out, _), seen = side_by_side(run)
     names = {item.path: item.site.name for item in program.analysis.located}

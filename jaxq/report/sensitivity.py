@@ -134,7 +134,7 @@ def _run(f: Callable, layout: Static, blank: frozenset[str], plan: Plan, leaves:
         for item, decision in zip(program.analysis.located, program.decisions, strict=True)
         if decision.scheme is not None
     }
-    return program.run(Switch(program.execute), leaves, {}, signals)[0][0]
+    return program.run(Switch(program.execute), leaves, {}, signals=signals)[0][0]
 
 
 @jax.jit
