@@ -4,6 +4,7 @@ import importlib.resources
 import math
 
 from jaxq.report import charts
+from jaxq.report.cost import Both
 from jaxq.report.report import Report, SiteReport, decibels, error
 from jaxq.report.svg import Markup, join, tag
 from jaxq.report.table import db, formats, scaled, size
@@ -44,12 +45,12 @@ def _header(report: Report) -> Markup:
 
 def _tiles(report: Report) -> Markup:
     energy = report.energy
-    tiles = [_tile("parameters", *report.bytes, "B")]
+    tiles = [_tile("parameters", report.bytes, "B")]
     if report.macs:
-        tiles.append(_tile("energy of arithmetic", *(1e-12 * e.compute for e in energy), "J"))
-        tiles.append(_tile("energy of memory", *(1e-12 * e.memory for e in energy), "J"))
+        tiles.append(_tile("energy of arithmetic", Both(*(1e-12 * e.compute for e in energy)), "J"))
+        tiles.append(_tile("energy of memory", Both(*(1e-12 * e.memory for e in energy)), "J"))
     if report.seconds is not None:
-        tiles.append(_tile("latency", *report.seconds, "s"))
+        tiles.append(_tile("latency", report.seconds, "s"))
     if report.output is not None:
         detail = tag("p", "signal to noise of the outputs", class_="soft")
         tiles.append(
@@ -63,8 +64,8 @@ def _db(n) -> str:
     return text if text in ("exact", "-") else f"{text} dB"
 
 
-def _tile(name: str, plain: float, coded: float, unit: str) -> Markup:
-    ratio = plain / coded if coded else math.nan
+def _tile(name: str, both: Both, unit: str) -> Markup:
+    ratio = both.ratio
     text = "–" if math.isnan(ratio) else f"{ratio:.2f}× less" if ratio >= 1 else f"{1 / ratio:.2f}× more"
     full = min(100.0, 100.0 / ratio) if ratio > 0 else 0.0
     kind = "more" if ratio < 1 else None
@@ -73,7 +74,7 @@ def _tile(name: str, plain: float, coded: float, unit: str) -> Markup:
         tag("span", name, class_="soft"),
         tag("b", text),
         tag("div", tag("i", style=f"width:{full:.1f}%", class_=kind), class_="bar"),
-        tag("span", f"{scaled(plain, unit)} → {scaled(coded, unit)}", class_="soft"),
+        tag("span", f"{scaled(both.float, unit)} → {scaled(both.quantized, unit)}", class_="soft"),
         class_="tile",
     )
 

@@ -21,7 +21,7 @@ from jaxq.report.measure import floats_only, output_noise
 from jaxq.report.report import decibels
 from jaxq.report.table import aligned, db
 
-Switches = dict[str, tuple[bool, ...]]  # per site, per operand
+Switches = dict[str, tuple[np.bool_, ...]]  # per site, per operand
 Metric = Callable[[Any, Any], float]
 
 
