@@ -135,6 +135,25 @@ def test_the_loop_of_the_debugger():
     assert math.isinf(decibels(second["up"].together))
 
 
+def test_a_revised_plan_keeps_the_links_between_outputs_and_operands():
+    both = jaxq.w8a8(static=True).scheme
+    linked = jaxq.Scheme(weight=both.weight, act=both.act, out=both.act)
+    params, x = _params(), _batches(1)[0]
+    plan = jaxq.calibrate(_chain, {"up": linked, "head": both}, progress=False)(params, [x])
+    assert plan["head"].fed and plan.range("head")[0] is None
+    same = jaxq.revise(plan, {"up": linked})
+    assert same == plan
+    freed = jaxq.revise(plan, {"up": both})
+    assert not freed["head"].fed and freed.unobserved() == ["head"]
+    assert float(freed.range("up")[0].hi) == float(plan.range("up")[0].hi)
+    with pytest.raises(ValueError, match="'head': a plan does not know who reads"):
+        jaxq.revise(plan, {"head": linked})
+
+
+def _chain(params, x):
+    return (x @ params["up"]) @ params["head"]
+
+
 HOLDING = ["scan_xs", "while_loop", "cond", "custom_vjp", "shard_map"]
 
 

@@ -12,7 +12,7 @@ from jaxq.report.table import db, formats, scaled, size
 
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 24
 HEIGHT = 230
-COLUMN = 20  # least width of a site's column
+COLUMN = 16  # least width of a site's column
 WIDTH, NARROW = 860, 480  # least width of a chart, of one that shares its line with another
 SIDE_BY_SIDE = 18  # at most so many sites fit on a narrow chart
 
