@@ -7,10 +7,23 @@ import numpy as np
 from jaxq.programs import jaxpr
 
 
+def emitted(program):
+    """Yield every equation of a jaxpr and its sub-programs; of what differs by platform, the form of this one only."""
+    for eqn in program.eqns:
+        yield eqn
+        values = [x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else (value,))]
+        programs = [x if hasattr(x, "eqns") else getattr(x, "jaxpr", None) for x in values]
+        programs = [x for x in programs if hasattr(x, "eqns")]
+        if platforms := eqn.params.get("branches_platforms"):
+            fits = [names is None or jax.default_backend() in names for names in platforms]
+            programs = [programs[fits.index(True)]]
+        for inner in programs:
+            yield from emitted(inner)
+
+
 def products(fn, *args) -> list[tuple[str, ...]]:
     """Return the operand dtypes of every matmul and convolution in the jaxpr of `fn`, sub-programs included."""
-    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
-    eqns = [eqn for eqn in jaxpr.all_equations(body) if jaxpr.is_site_primitive(eqn)]
+    eqns = [eqn for eqn in emitted(jax.make_jaxpr(fn)(*args).jaxpr) if jaxpr.is_site_primitive(eqn)]
     return [tuple(str(v.aval.dtype) for v in eqn.invars[:2]) for eqn in eqns]
 
 
@@ -24,8 +37,8 @@ def depthwise(fn, *args) -> int:
 
 def short_products(fn, *args) -> int:
     """Return how many elementwise products of 16-bit integers there are in the jaxpr of `fn`."""
-    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
-    names = [(eqn.primitive.name, eqn.outvars[0].aval) for eqn in jaxpr.all_equations(body) if eqn.outvars]
+    eqns = emitted(jax.make_jaxpr(fn)(*args).jaxpr)
+    names = [(eqn.primitive.name, eqn.outvars[0].aval) for eqn in eqns if eqn.outvars]
     return sum(name == "mul" and aval.dtype == jnp.int16 for name, aval in names)
 
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 import jaxq
+from inspection import emitted
 from zoo import model
 from zoo.entry import dense, normal, weight
 
@@ -30,20 +31,9 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged
 # --- what is looked at -----------------------------------------------------------------------------------------------
 
 
-def equations(jaxpr):
-    """Yield every equation of a jaxpr and of all jaxprs in its parameters."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = inner if hasattr(inner, "eqns") else getattr(inner, "jaxpr", None)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
 def products(f, *args):
     """The operand dtypes of every matrix product and convolution in the program of `f`."""
-    eqns = equations(jax.make_jaxpr(f)(*args).jaxpr)
+    eqns = emitted(jax.make_jaxpr(f)(*args).jaxpr)
     return [tuple(str(v.aval.dtype) for v in e.invars[:2]) for e in eqns if e.primitive.name in PRODUCTS]
 
 

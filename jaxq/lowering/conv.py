@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.lowering import depthwise, patches
+from jaxq.lowering import forms
 from jaxq.lowering.codes import signed
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Conv
-
-# XLA:CPU has no vector kernel for so few channels on both sides; filled up with zero kernels it takes the fast one.
-NARROW, WIDE = 16, 32
 
 
 def integer_conv(op: Conv, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array]:
@@ -32,24 +29,7 @@ def integer_conv(op: Conv, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Arr
 
 def _sums(op: Conv, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the int32 convolution of codes."""
-    if patches.suits(op, a, b):
-        return patches.convolve(op, a, b)
-    if depthwise.suits(op, a, b):
-        return depthwise.convolve(op, a, b)
-    plain = dataclasses.replace(op, precision=None)
-    outputs = b.shape[op.rhs_spec[0]]
-    if not _is_narrow(op, b):
-        return plain.apply(a, b, out_dtype=jnp.int32)
-    wider = lax.pad(
-        b, jnp.zeros((), b.dtype), [(0, WIDE - outputs if n == op.rhs_spec[0] else 0, 0) for n in range(b.ndim)]
-    )
-    return lax.slice_in_dim(plain.apply(a, wider, out_dtype=jnp.int32), 0, outputs, axis=op.out_spec[1])
-
-
-def _is_narrow(op: Conv, kernel: jax.Array) -> bool:
-    out, into, *window = (kernel.shape[axis] for axis in op.rhs_spec)
-    dense = op.feature_groups == op.batch_groups == 1 and max(window, default=1) > 1
-    return dense and 0 < out <= NARROW and 0 < into <= NARROW
+    return forms.sums(dataclasses.replace(op, precision=None), a, b)
 
 
 def to_output(op: Conv, x: jax.Array, side: int, ranks: tuple[int, int]) -> jax.Array:

@@ -6,6 +6,7 @@ A product for each tap and a sum fuse into one loop over the channels, which com
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxq.programs.ops import Conv
 MOST_TAPS = 128
 
 
-def suits(op: Conv, image: jax.Array, kernel: jax.Array) -> bool:
+def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a convolution is depthwise, and small enough in its window."""
     taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
     single = op.feature_groups > 1 and kernel.shape[op.rhs_spec[1]] == 1
@@ -25,8 +26,9 @@ def suits(op: Conv, image: jax.Array, kernel: jax.Array) -> bool:
     return single and known and op.batch_groups == 1 and set(op.lhs_dilation) <= {1} and taps <= MOST_TAPS
 
 
-def convolve(op: Conv, image: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     """Return int32 sums in the op's output layout."""
+    del then
     batch, feature, *spatial = op.lhs_spec
     out, into, *window = op.rhs_spec
     x = lax.transpose(image, (batch, *spatial, feature))

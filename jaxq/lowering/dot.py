@@ -1,19 +1,16 @@
 """Integer `dot_general`: int8 x int8 -> int32, zero points and groups included."""
 
-import math
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jaxq.lowering import forms
 from jaxq.lowering.codes import signed
 from jaxq.lowering.dequantize import dequantize
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Dot
-
-# Shorter sums are not worth a padded row.
-MANY_TERMS = 64
 
 
 def integer_dot(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array]:
@@ -29,36 +26,7 @@ def integer_dot(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array
 
 def _sums(op: Dot, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the int32 product of codes."""
-    for side, x in enumerate((a, b)):
-        if op.out_sharding is None and _is_one_row(op, side, x):
-            return _as_two_rows(op, side, (a, b))
-    numbers = (op.contract, op.batch)
-    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.int32, out_sharding=op.out_sharding)
-
-
-def _is_one_row(op: Dot, side: int, x: jax.Array) -> bool:
-    """Tell whether an operand is one long vector: XLA:CPU takes such products for loops without vectors."""
-    sizes = [x.shape[axis] for axis in op.free(side, x.ndim)]
-    terms = [x.shape[axis] for axis in op.contract[side]]
-    known = all(isinstance(n, int) for n in x.shape) and 0 not in x.shape
-    return known and math.prod(sizes) == 1 and math.prod(terms) >= MANY_TERMS
-
-
-def _as_two_rows(op: Dot, side: int, operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return the product with a row of zeros added to one operand, and taken away again."""
-    x = operands[side]
-    two = lax.pad(lax.expand_dims(x, (0,)), np.int8(0), [(0, 1, 0), *((0, 0, 0) for _ in x.shape)])
-    a, b = (two, operands[1]) if side == 0 else (operands[0], two)
-    contract, batch = (_moved(axes, side) for axes in (op.contract, op.batch))
-    out = lax.dot_general(a, b, (contract, batch), preferred_element_type=jnp.int32)
-    position = len(op.batch[0]) + (len(op.free(0, a.ndim)) if side else 0)
-    return lax.index_in_dim(out, 0, position, keepdims=False)
-
-
-def _moved(axes: tuple, side: int) -> tuple:
-    """Return axes of both operands after one of them got a new leading axis."""
-    moved = tuple(axis + 1 for axis in axes[side])
-    return (moved, axes[1]) if side == 0 else (axes[0], moved)
+    return forms.sums(dataclasses.replace(op, precision=None), a, b)
 
 
 def _less_zero_points(op: Dot, acc: jax.Array, left, right) -> jax.Array:

@@ -6,6 +6,7 @@ are few of them to a pixel, and one dot product does the rest. Exact, like every
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ MOST_CHANNELS = 4
 MOST_TAPS = 64
 
 
-def suits(op: Conv, image: jax.Array, kernel: jax.Array) -> bool:
+def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a convolution is better written as patches and a dot."""
     taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
     dense = op.feature_groups == 1 and op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
@@ -25,8 +26,9 @@ def suits(op: Conv, image: jax.Array, kernel: jax.Array) -> bool:
     return dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and 1 < taps <= MOST_TAPS
 
 
-def convolve(op: Conv, image: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     """Return int32 sums in the op's output layout."""
+    del then
     batch, feature, *spatial = op.lhs_spec
     out, into, *window = op.rhs_spec
     x = lax.transpose(image, (batch, *spatial, feature))
