@@ -19,6 +19,11 @@ Params = dict[str, Any]
 MLP_WIDTHS = (1024, 1024, 1024, 1024, 10)
 STEM, RESNET_WIDTHS = 64, (64, 128, 256, 512)
 WIDTH, HEADS, FFN = 384, 12, 1536
+DECODER_WIDTH, DECODER_HEADS, DECODER_FFN, DECODER_LAYERS = 1024, 16, 4096, 2
+LSTM_WIDTH, LSTM_STEPS, LSTM_BATCH = 256, 32, 16
+# Expansion, channels, blocks, first stride (Sandler et al. 2018, table 2), at half the width.
+MOBILENET = ((1, 8, 1, 1), (6, 16, 2, 2), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+MOBILENET_STEM, MOBILENET_LAST = 16, 1280
 CLASSES = 10
 
 
@@ -130,8 +135,8 @@ def resnet18_apply(params: Params, x: jax.Array) -> jax.Array:
 # Transformer encoder
 
 
-def _norm_init() -> Params:
-    return {"scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)}
+def _norm_init(width: int) -> Params:
+    return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
 def _norm(params: Params, x: jax.Array) -> jax.Array:
@@ -140,14 +145,14 @@ def _norm(params: Params, x: jax.Array) -> jax.Array:
     return y * _along_last(params["scale"], x.ndim) + _along_last(params["bias"], x.ndim)
 
 
-def _attention_init(key: jax.Array) -> Params:
+def _attention_init(key: jax.Array, width: int, heads: int) -> Params:
     *keys, last = jax.random.split(key, 4)
-    heads = (HEADS, WIDTH // HEADS)
+    split = (heads, width // heads)
     inputs = {
-        name: {"kernel": _weight(k, (WIDTH, *heads), WIDTH, 1.0), "bias": jnp.zeros(heads)}
+        name: {"kernel": _weight(k, (width, *split), width, 1.0), "bias": jnp.zeros(split)}
         for name, k in zip(("query", "key", "value"), keys, strict=True)
     }
-    return {**inputs, "out": {"kernel": _weight(last, (*heads, WIDTH), WIDTH, 1.0), "bias": jnp.zeros(WIDTH)}}
+    return {**inputs, "out": {"kernel": _weight(last, (*split, width), width, 1.0), "bias": jnp.zeros(width)}}
 
 
 def _project(params: Params, x: jax.Array, spec: str) -> jax.Array:
@@ -157,19 +162,19 @@ def _project(params: Params, x: jax.Array, spec: str) -> jax.Array:
 
 def _attention(params: Params, x: jax.Array) -> jax.Array:
     query, key, value = (_project(params[name], x, "btd,dhk->bthk") for name in ("query", "key", "value"))
-    scores = jnp.einsum("bqhk,bshk->bhqs", query, key) * (WIDTH // HEADS) ** -0.5
+    scores = jnp.einsum("bqhk,bshk->bhqs", query, key) * query.shape[-1] ** -0.5
     mixed = jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores), value)
     return _project(params["out"], mixed, "bqhk,hkd->bqd")
 
 
-def _layer_init(key: jax.Array) -> Params:
+def _layer_init(key: jax.Array, width: int, heads: int, ffn: int) -> Params:
     attention, up, down = jax.random.split(key, 3)
     return {
-        "norm1": _norm_init(),
-        "attention": _attention_init(attention),
-        "norm2": _norm_init(),
-        "up": _dense_init(up, WIDTH, FFN),
-        "down": _dense_init(down, FFN, WIDTH),
+        "norm1": _norm_init(width),
+        "attention": _attention_init(attention, width, heads),
+        "norm2": _norm_init(width),
+        "up": _dense_init(up, width, ffn),
+        "down": _dense_init(down, ffn, width),
     }
 
 
@@ -180,8 +185,12 @@ def _layer(params: Params, x: jax.Array) -> jax.Array:
 
 def encoder_init(key: jax.Array, layers: int = 6) -> Params:
     """Return the weights of an encoder of width 384, with 12 heads and feed-forward width 1536."""
+    return _stack_init(key, layers, WIDTH, HEADS, FFN)
+
+
+def _stack_init(key: jax.Array, layers: int, width: int, heads: int, ffn: int) -> Params:
     keys = jax.random.split(key, layers)
-    return {**{f"layer{i}": _layer_init(k) for i, k in enumerate(keys)}, "norm": _norm_init()}
+    return {**{f"layer{i}": _layer_init(k, width, heads, ffn) for i, k in enumerate(keys)}, "norm": _norm_init(width)}
 
 
 def encoder_apply(params: Params, x: jax.Array) -> jax.Array:
@@ -195,6 +204,93 @@ def _deep_init(key: jax.Array) -> Params:
     return encoder_init(key, layers=48)
 
 
+# Decoder, its first step: one token, which sees itself alone
+
+
+def decoder_init(key: jax.Array) -> Params:
+    """Return the weights of a decoder of width 1024, with 16 heads and feed-forward width 4096."""
+    return _stack_init(key, DECODER_LAYERS, DECODER_WIDTH, DECODER_HEADS, DECODER_FFN)
+
+
+# MobileNetV2 at half the width, without batch normalization (Sandler et al. 2018)
+
+
+def _depthwise_init(key: jax.Array, channels: int) -> Params:
+    return {"kernel": _weight(key, (3, 3, 1, channels), 9), "bias": jnp.zeros(channels)}
+
+
+def _depthwise(params: Params, x: jax.Array, stride: int) -> jax.Array:
+    layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
+    strides = (stride, stride)
+    y = lax.conv_general_dilated(
+        x, params["kernel"], strides, "SAME", dimension_numbers=layout, feature_group_count=groups
+    )
+    return y + _along_last(params["bias"], y.ndim)
+
+
+def _bottlenecks() -> list[tuple[int, int, int, int]]:
+    """Return (inputs, channels inside, outputs, stride) of every block."""
+    blocks, inputs = [], MOBILENET_STEM
+    for expansion, outputs, count, first in MOBILENET:
+        for index in range(count):
+            blocks.append((inputs, inputs * expansion, outputs, first if index == 0 else 1))
+            inputs = outputs
+    return blocks
+
+
+def _bottleneck_init(key: jax.Array, inputs: int, inside: int, outputs: int) -> Params:
+    first, second, third = jax.random.split(key, 3)
+    block = {"depthwise": _depthwise_init(second, inside), "project": _conv_init(third, 1, inside, outputs, gain=1.0)}
+    return {"expand": _conv_init(first, 1, inputs, inside), **block} if inside != inputs else block
+
+
+def _bottleneck(params: Params, x: jax.Array, stride: int) -> jax.Array:
+    y = jax.nn.relu6(_conv(params["expand"], x)) if "expand" in params else x
+    y = _conv(params["project"], jax.nn.relu6(_depthwise(params["depthwise"], y, stride)))
+    return x + y if x.shape == y.shape else y
+
+
+def mobilenet_init(key: jax.Array) -> Params:
+    """Return the weights of MobileNetV2 0.5 with ten classes."""
+    stem, last, head, *keys = jax.random.split(key, 3 + len(_bottlenecks()))
+    pairs = zip(keys, _bottlenecks(), strict=True)
+    blocks = {f"block{i}": _bottleneck_init(k, *sizes[:3]) for i, (k, sizes) in enumerate(pairs)}
+    ends = {"stem": _conv_init(stem, 3, 3, MOBILENET_STEM), "last": _conv_init(last, 1, 160, MOBILENET_LAST)}
+    return {**ends, **blocks, "head": _dense_init(head, MOBILENET_LAST, CLASSES)}
+
+
+def mobilenet_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the MobileNet: [n, 96, 96, 3] to [n, 10]."""
+    x = jax.nn.relu6(_conv(params["stem"], x, 2))
+    for index, (*_, stride) in enumerate(_bottlenecks()):
+        x = _bottleneck(params[f"block{index}"], x, stride)
+    return _dense(params["head"], jnp.mean(jax.nn.relu6(_conv(params["last"], x)), axis=(1, 2)))
+
+
+# LSTM
+
+
+def lstm_init(key: jax.Array) -> Params:
+    """Return the weights of an LSTM of width 256 and a dense head."""
+    gates, head = jax.random.split(key)
+    return {"gates": _dense_init(gates, 2 * LSTM_WIDTH, 4 * LSTM_WIDTH), "head": _dense_init(head, LSTM_WIDTH, CLASSES)}
+
+
+def lstm_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the LSTM: [n, t, 256] to [n, 10], one product for all gates at every step."""
+
+    def step(state: tuple[jax.Array, jax.Array], now: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        cell, hidden = state
+        gates = _dense(params["gates"], jnp.concatenate([now, hidden], axis=-1))
+        into, forget, new, out = jnp.split(gates, 4, axis=-1)
+        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(into) * jnp.tanh(new)
+        return (cell, jax.nn.sigmoid(out) * jnp.tanh(cell)), None
+
+    zeros = jnp.zeros((x.shape[0], LSTM_WIDTH), x.dtype)
+    (_, hidden), _ = lax.scan(step, (zeros, zeros), jnp.moveaxis(x, 1, 0))
+    return _dense(params["head"], hidden)
+
+
 def _normal(*shape: int) -> Callable[[jax.Array], jax.Array]:
     return lambda key: jax.random.normal(key, shape)
 
@@ -204,11 +300,15 @@ def _labels(count: int) -> Callable[[jax.Array], jax.Array]:
 
 
 _TOKENS = _normal(4, 128, WIDTH)
+_TOKEN = _normal(1, 1, DECODER_WIDTH)
 
 MODELS = {
     "mlp": Model(mlp_init, mlp_apply, _normal(128, 1024), _labels(128), cross_entropy),
     "resnet18": Model(resnet18_init, resnet18_apply, _normal(8, 32, 32, 3), _labels(8), cross_entropy),
     "encoder": Model(encoder_init, encoder_apply, _TOKENS, _TOKENS, mean_square),
+    "mobilenet": Model(mobilenet_init, mobilenet_apply, _normal(8, 96, 96, 3), _labels(8), cross_entropy),
+    "decoder": Model(decoder_init, encoder_apply, _TOKEN, _TOKEN, mean_square),
+    "lstm": Model(lstm_init, lstm_apply, _normal(LSTM_BATCH, LSTM_STEPS, LSTM_WIDTH), _labels(16), cross_entropy),
 }
 
 # Only ever traced: 48 unrolled layers, 384 products.

@@ -1,5 +1,6 @@
 """The table that a plan prints: one row per site, aligned, in plain text."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -26,6 +27,11 @@ def render(rows: list[Row], summary: str) -> str:
     cells = [
         [cell for name, cell in zip(HEADER, row, strict=True) if not (plain and name == "outputs")] for row in full
     ]
+    return "\n".join([*aligned(cells), "", summary])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of equal columns, a rule under the first."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", summary])
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

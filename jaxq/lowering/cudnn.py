@@ -3,7 +3,8 @@
 "CuDNN integer convolutions must have s8 input and f32 or s8 output" (jax issues 7637, 14585). Products of two 8-bit
 codes are at most 2^14 in size and float32 holds every integer up to 2^24, so 1024 of them add up exactly in any order.
 Longer sums are cut into parts along the input channels, and windows with more taps than that into halves; the parts
-are added as int32.
+are added as int32. Each part is behind a barrier: XLA would put the parts' operands back together, and convolve them in
+float32.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     del then
     total = None
     for part, a, b in parts(op, image, kernel):
+        a, b = lax.optimization_barrier((a, b))
         sums = lax.convert_element_type(part.apply(a, b, out_dtype=jnp.float32), jnp.int32)
         total = sums if total is None else lax.add(total, sums)
     return total

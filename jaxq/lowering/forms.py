@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxq.decisions import table
 from jaxq.lowering import cudnn, depthwise, flipped, grouped, narrow, patches, rows, transposed
 from jaxq.programs.ops import Conv, Dot
 
@@ -104,11 +105,7 @@ def _same(op: Any, a: Any, b: Any, platform: str) -> bool:
     return form in LEAVES and form == choose(TPU, op, a, b)
 
 
-def table() -> str:
+def describe() -> str:
     """Return the table as text, one form a line, in the order in which it is read."""
-    lines = [("operation", "form", "platforms", "because")]
-    lines += [(form.op.name, form.name, " ".join(form.platforms), form.why) for form in FORMS]
-    widths = [max(len(line[n]) for line in lines) for n in range(3)]
-    return "\n".join(
-        "  ".join([*(c.ljust(w) for c, w in zip(line[:3], widths, strict=True)), line[3]]) for line in lines
-    )
+    rows = [(form.op.name, form.name, " ".join(form.platforms), form.why) for form in FORMS]
+    return "\n".join(table.aligned([("operation", "form", "platforms", "because"), *rows]))

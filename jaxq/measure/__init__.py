@@ -1,0 +1,1 @@
+"""What programs cost: compiled, estimated, measured; and plans made from that."""

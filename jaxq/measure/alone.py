@@ -1,0 +1,58 @@
+"""A site by itself: its operation in float and as its plan runs it, on made-up data of the site's shapes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.decisions.decision import Decision
+from jaxq.interpretation.numerics import Task, run_site, weight_codes
+from jaxq.numbers import calibrators
+from jaxq.numbers.calibrators import Range
+from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs.ops import Conv, Dot
+from jaxq.programs.sites import Located
+
+Programs = list[tuple[Callable, list]]
+
+
+def kind_of(item: Located, decision: Decision) -> Any:
+    """Return what two sites have in common that cost the same: hashable."""
+    shapes = tuple((operand.shape, operand.dtype) for operand in item.site.operands)
+    return item.op, shapes, item.weight, decision.scheme
+
+
+def is_product(item: Located) -> bool:
+    """Tell whether a site needs its operands only; lookups and ragged products also take indices, which are data."""
+    return isinstance(item.op, Dot | Conv)
+
+
+def programs(item: Located, decision: Decision) -> Programs:
+    """Return the float and the quantized program of a site, each with its arguments; the weight is converted."""
+    operands = _operands(item)
+    task = Task(item.op, decision.quantizers, item.weight)
+    ranges = tuple(_range(q) for q in decision.quantizers)
+    own = list(operands)
+    if item.weight is not None and task.quantizers[item.weight] is not None:
+        codes = jax.jit(functools.partial(weight_codes, task))(operands[item.weight])
+        own[item.weight] = codes.packed()
+    return [
+        (lambda xs: item.op.apply(*xs), operands),
+        (lambda xs: run_site(task, tuple(xs[0]), xs[1], ()), [own, ranges]),
+    ]
+
+
+def _operands(item: Located) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(item.site.operands))
+    pairs = zip(keys, item.site.operands, strict=True)
+    return [jax.random.normal(key, operand.shape, jnp.float32).astype(operand.dtype) for key, operand in pairs]
+
+
+def _range(quantizer: Quantizer | None) -> Range | None:
+    """Return the range of normal data, for a static quantizer."""
+    if quantizer is None or not quantizer.static:
+        return None
+    four = jnp.float32(4)
+    return calibrators.unobserved((), quantizer)._replace(lo=-four, hi=four, count=jnp.float32(1))
