@@ -109,6 +109,13 @@ def test_scanned_sites_are_explained_by_their_layer():
     assert line.form == "dot" and line.flops == 3 * 2 * 4 * 16 * 16 and line.cost.seconds > 0
 
 
+def test_packed_weights_are_explained_as_they_are_multiplied():
+    params, scheme = {"w": jnp.ones((64, 64))}, jaxq.Scheme(weight=jaxq.int4(), act=jaxq.int8())
+    lines = [jaxq.explain(lambda p, x: x @ p["w"], scheme)(params, jnp.ones((rows, 64))).lines[0] for rows in (1, 32)]
+    assert [line.form for line in lines] == ["halves of bytes", "dot"]
+    assert lines[0].cost.bytes < lines[0].float_cost.bytes / 4
+
+
 def test_tune_leaves_in_float_what_is_slower(call):
     asked = []
 

@@ -24,7 +24,7 @@ from jaxq.numbers.blocks import hide
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
-from jaxq.programs.ops import Embedding, Op
+from jaxq.programs.ops import Dot, Embedding, Op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
     """Return an operand's codes; None where it stays float."""
     if isinstance(x, QArray):
         settled = _settled(task, hide(x))
-        return settled if isinstance(task.op, Embedding) else settled.plain()
+        return settled if isinstance(task.op, Dot | Embedding) else settled.plain()
     if task.quantizers[number] is None:
         return None
     x = lax.stop_gradient(x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.lowering import forms
+from jaxq.lowering import forms, nibbles
 from jaxq.lowering.codes import signed
 from jaxq.lowering.dequantize import dequantize
 from jaxq.numbers.qarray import QArray
@@ -15,10 +15,13 @@ from jaxq.programs.ops import Dot
 
 def integer_dot(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array]:
     """Return int32 sums [*batch, *lhs free, *rhs free] and a float32 scale that broadcasts against them."""
+    stored = (lhs, rhs)
+    lhs, rhs = lhs.plain(), rhs.plain()
     if _is_grouped(op, lhs, 0) or _is_grouped(op, rhs, 1):
         return _grouped(op, lhs, rhs)
     (a, za), (b, zb) = signed(lhs), signed(rhs)
-    acc = _sums(op, a, b)
+    side = nibbles.packed_side(op, stored)
+    acc = _sums(op, a, b) if side is None else nibbles.sums(op, side, stored[side], (b, a)[side], _sums)
     acc = _less_zero_points(op, acc, (a, za), (b, zb))
     ranks = (lhs.ndim, rhs.ndim)
     return acc, lax.mul(to_output(op, lhs.scale, 0, ranks), to_output(op, rhs.scale, 1, ranks))

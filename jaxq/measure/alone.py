@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.decisions.decision import Decision
-from jaxq.interpretation.numerics import Task, run_site, weight_codes
+from jaxq.interpretation.numerics import Task, run_site, to_codes, weight_codes
 from jaxq.numbers import calibrators
 from jaxq.numbers.calibrators import Range
+from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.ops import Conv, Dot
 from jaxq.programs.sites import Located
@@ -42,6 +43,17 @@ def programs(item: Located, decision: Decision) -> Programs:
         (lambda xs: item.op.apply(*xs), operands),
         (lambda xs: run_site(task, tuple(xs[0]), xs[1], ()), [own, ranges]),
     ]
+
+
+def coded(item: Located, decision: Decision) -> tuple[QArray, ...]:
+    """Return the shapes of a site's operands in codes, as its kernel is given them; all operands are quantized."""
+    own, ranges = jax.eval_shape(lambda: programs(item, decision)[1][1])
+    task = Task(item.op, decision.quantizers, item.weight)
+
+    def codes(number: int, x: Any, r: Range | None) -> QArray:
+        return x if isinstance(x, QArray) else jax.eval_shape(functools.partial(to_codes, task, number), x, r)
+
+    return tuple(codes(n, *pair) for n, pair in enumerate(zip(own, ranges, strict=True)))
 
 
 def _operands(item: Located) -> list[jax.Array]:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
@@ -13,11 +12,12 @@ from jaxq.interpretation.arguments import Argnums, take_apart
 from jaxq.interpretation.convert import convert
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.transforms import DEFAULT, quantize
-from jaxq.lowering import forms
+from jaxq.lowering import forms, nibbles
 from jaxq.measure import alone
 from jaxq.measure.cost import Cost, costs
 from jaxq.measure.report import Explanation, Line
 from jaxq.numbers.qarray import is_converted
+from jaxq.programs.ops import Dot
 from jaxq.programs.sites import Located
 
 
@@ -89,8 +89,10 @@ def form_of(item: Located, decision: Decision, platform: str) -> str:
         return "integers" if decision.is_integer else "decoded rows"
     if not decision.is_integer:
         return "decoded, then float"
-    shapes = [jax.ShapeDtypeStruct(operand.shape, np.int8) for operand in item.site.operands]
-    return forms.choose(platform, item.op, *shapes).name
+    operands = alone.coded(item, decision)
+    if isinstance(item.op, Dot) and nibbles.packed_side(item.op, operands) is not None:
+        return "halves of bytes"
+    return forms.choose(platform, item.op, *operands).name
 
 
 def _whole(f: Callable, plan: Plan, argnums: Argnums, call: tuple[tuple, dict], device: Any | None) -> list[Cost]:
