@@ -1,5 +1,7 @@
 """What tests look at in programs and trees."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,12 +29,22 @@ def products(fn, *args) -> list[tuple[str, ...]]:
     return [tuple(str(v.aval.dtype) for v in eqn.invars[:2]) for eqn in eqns]
 
 
-def depthwise(fn, *args) -> int:
-    """Return how many convolutions of `fn` give every output channel one input channel."""
+def convolutions(fn, *args) -> list:
+    """Return the parameters and the kernel's shape of every convolution in the jaxpr of `fn`."""
     body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
-    convs = [eqn for eqn in jaxpr.all_equations(body) if eqn.primitive is jaxpr.CONV]
-    kernels = [(e.params["feature_group_count"], e.invars[1].aval.shape, e.params["dimension_numbers"]) for e in convs]
-    return sum(groups > 1 and shape[numbers.rhs_spec[1]] == 1 for groups, shape, numbers in kernels)
+    return [(e.params, e.invars[1].aval.shape) for e in jaxpr.all_equations(body) if e.primitive is jaxpr.CONV]
+
+
+def is_depthwise(params, kernel) -> bool:
+    """Tell whether a convolution gives every output channel one input channel."""
+    return params["feature_group_count"] > 1 and kernel[params["dimension_numbers"].rhs_spec[1]] == 1
+
+
+def pieces(params, kernel) -> int:
+    """Return how many products of matrices a convolution is in integers: one for each group and phase, if not none."""
+    if is_depthwise(params, kernel):
+        return 0
+    return params["feature_group_count"] * math.prod(params["lhs_dilation"])
 
 
 def short_products(fn, *args) -> int:

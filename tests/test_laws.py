@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from inspection import arrays, assert_bitwise, cosine, depthwise, products, short_products
+from inspection import arrays, assert_bitwise, convolutions, cosine, is_depthwise, pieces, products, short_products
 from zoo import NAMES, Model, model
 
 RECIPES = {
@@ -78,9 +78,11 @@ def test_every_product_is_a_site_and_every_site_is_integer(name):
     integer = [d for d in real if d.is_integer]
     converted = jaxq.convert(entry.fn, plan)(entry.params, *entry.args)
     found = products(jaxq.quantize(entry.fn, plan), converted, *entry.args)
-    # Depthwise convolutions are a 16-bit product for every tap.
-    separate = depthwise(entry.fn, entry.params, *entry.args)
-    assert sum(dtypes == ("int8", "int8") for dtypes in found) == len(integer) - separate
+    # Depthwise convolutions are a 16-bit product for every tap; grouped and transposed ones are several products.
+    convs = convolutions(entry.fn, entry.params, *entry.args)
+    several = sum(pieces(*conv) - 1 for conv in convs)
+    separate = sum(is_depthwise(*conv) for conv in convs)
+    assert sum(dtypes == ("int8", "int8") for dtypes in found) == len(integer) + several
     assert short_products(jaxq.quantize(entry.fn, plan), converted, *entry.args) >= 2 * separate
     # What is left in float is what the plan lists as such: products of weights that make up a derived weight.
     floats = [d for d in plan.decisions if d.site.obstacle]

@@ -13,7 +13,6 @@ import argparse
 import functools
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -31,9 +30,10 @@ import numpy as np
 import jaxq
 import timing
 from bench_models import DEEP, MODELS, Model
+from variants import VARIANTS, call_of
 
 LEARNING_RATE = 1e-4
-PACKAGES = ("jax", "jaxlib", "numpy", "jaxq", "qwix")
+PACKAGES = ("jax", "jaxlib", "numpy", "jaxq", "qwix", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -70,29 +70,25 @@ class Settings:
 # Inference
 
 
-def int8_inference(model: Model, params: Any, x: jax.Array, *, static: bool) -> timing.Call:
-    """Convert the weights, calibrate if static, and return a call of the compiled integer program."""
-    plan = jaxq.make_plan(model.apply, jaxq.w8a8(static=static))(params, x)
-    if static:
-        plan = jaxq.calibrate(model.apply, plan)(params, [x])
-    converted = jaxq.convert(model.apply, plan)(params, x)
-    serve = jax.jit(jaxq.quantize(model.apply, plan))
-    return lambda: serve(converted, x)
+def bfloat16_call(model: Model, params: Any, x: jax.Array) -> timing.Call:
+    """Return a call of the float program with weights and data in bfloat16."""
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, x))
+    return functools.partial(jax.jit(model.apply), *narrow)
 
 
 def inference(settings: Settings) -> Table:
-    """Measure forward passes: float32, int8 with calibrated ranges, int8 with dynamic ranges."""
+    """Measure forward passes: float32, bfloat16, int8 with calibrated and with dynamic ranges, int4 weights."""
     rows = []
     for name in settings.models:
         model, params, x, _ = example(name)
-        serve = jax.jit(model.apply)
         calls = {
-            "float32": functools.partial(serve, params, x),
-            "int8 static": int8_inference(model, params, x, static=True),
-            "int8 dynamic": int8_inference(model, params, x, static=False),
+            "float32": functools.partial(jax.jit(model.apply), params, x),
+            "bfloat16": bfloat16_call(model, params, x),
+            **{variant: call_of(model, variant, params, x) for variant in VARIANTS},
         }
         if settings.peers:
             calls |= attempt("qwix int8 dynamic", functools.partial(qwix_inference, model, params, x))
+            calls |= attempt("ONNX Runtime int8 static", functools.partial(onnx_inference, name, params, x))
         blocks = timing.interleave(calls, rounds=settings.rounds, block=settings.block)
         rows += [speed_up(name, variant, blocks) for variant in calls if variant != "float32"]
     return Table("Inference", "float32 time / time (more is better)", "float32", rows)
@@ -244,7 +240,7 @@ def operations(settings: Settings) -> Table:
         model = Model(None, f, None, None, None)
         calls = {
             "float32": functools.partial(jax.jit(f), params, x),
-            "int8 static": int8_inference(model, params, x, static=True),
+            "int8 static": call_of(model, "int8 static", params, x),
         }
         blocks = timing.interleave(calls, rounds=settings.rounds, block=settings.block)
         rows.append(speed_up(name, "int8 static", blocks))
@@ -302,6 +298,15 @@ def qwix_training(model: Model, params: Any, x: jax.Array, target: jax.Array) ->
     rule = qwix.QtRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)
     module, flat = qwix_module(model, params, qwix.QtProvider([rule]))
     return trained(training_step(lambda p, x: module.apply({"params": p}, x), model), flat, x, target)
+
+
+def onnx_inference(name: str, params: Any, x: jax.Array) -> timing.Call:
+    """Return a call of ONNX Runtime's int8 program, for the models that have a graph, on a CPU."""
+    from onnx_peer import GRAPHS, int8_call
+
+    if name not in GRAPHS:
+        raise NotImplementedError(f"no graph for {name}; there are {', '.join(GRAPHS)}")
+    return int8_call(name, params, x)
 
 
 # Results
@@ -409,7 +414,7 @@ def arguments() -> argparse.Namespace:
         "--what", type=choice(list(MEASUREMENTS)), default=list(MEASUREMENTS), help=",".join(MEASUREMENTS)
     )
     parser.add_argument("--quick", action="store_true", help="three rounds instead of ten")
-    parser.add_argument("--peers", action="store_true", help="measure qwix too, if it is installed")
+    parser.add_argument("--peers", action="store_true", help="measure qwix and ONNX Runtime too, if installed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -418,10 +423,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
-    peers = options.peers and importlib.util.find_spec("qwix") is not None
-    if options.peers and not peers:
-        print("qwix is not installed: skipped")
-    settings = Settings(options.only, rounds=3 if options.quick else 10, block=10, peers=peers)
+    settings = Settings(options.only, rounds=3 if options.quick else 10, block=10, peers=options.peers)
     facts = surroundings()
     pages, tables = [heading(facts)], []
     print(pages[0])

@@ -228,7 +228,7 @@ def _depthwise(params: Params, x: jax.Array, stride: int) -> jax.Array:
     return y + _along_last(params["bias"], y.ndim)
 
 
-def _bottlenecks() -> list[tuple[int, int, int, int]]:
+def bottlenecks() -> list[tuple[int, int, int, int]]:
     """Return (inputs, channels inside, outputs, stride) of every block."""
     blocks, inputs = [], MOBILENET_STEM
     for expansion, outputs, count, first in MOBILENET:
@@ -252,8 +252,8 @@ def _bottleneck(params: Params, x: jax.Array, stride: int) -> jax.Array:
 
 def mobilenet_init(key: jax.Array) -> Params:
     """Return the weights of MobileNetV2 0.5 with ten classes."""
-    stem, last, head, *keys = jax.random.split(key, 3 + len(_bottlenecks()))
-    pairs = zip(keys, _bottlenecks(), strict=True)
+    stem, last, head, *keys = jax.random.split(key, 3 + len(bottlenecks()))
+    pairs = zip(keys, bottlenecks(), strict=True)
     blocks = {f"block{i}": _bottleneck_init(k, *sizes[:3]) for i, (k, sizes) in enumerate(pairs)}
     ends = {"stem": _conv_init(stem, 3, 3, MOBILENET_STEM), "last": _conv_init(last, 1, 160, MOBILENET_LAST)}
     return {**ends, **blocks, "head": _dense_init(head, MOBILENET_LAST, CLASSES)}
@@ -262,7 +262,7 @@ def mobilenet_init(key: jax.Array) -> Params:
 def mobilenet_apply(params: Params, x: jax.Array) -> jax.Array:
     """Run the MobileNet: [n, 96, 96, 3] to [n, 10]."""
     x = jax.nn.relu6(_conv(params["stem"], x, 2))
-    for index, (*_, stride) in enumerate(_bottlenecks()):
+    for index, (*_, stride) in enumerate(bottlenecks()):
         x = _bottleneck(params[f"block{index}"], x, stride)
     return _dense(params["head"], jnp.mean(jax.nn.relu6(_conv(params["last"], x)), axis=(1, 2)))
 
