@@ -1,7 +1,7 @@
 """Show where the time of a model goes: per site, and as a trace for a profiler.
 
-    python tpu_scripts/profile_model.py --model mobilenet                      # a table: what each site became and costs
-    python tpu_scripts/profile_model.py --model encoder --trace /tmp/trace     # and a trace of ten calls
+    python tpu_scripts/profile_model.py --model mobilenet                    # a table: what sites became and cost
+    python tpu_scripts/profile_model.py --model encoder --trace /tmp/trace   # and a trace of ten calls
 
 The trace opens in TensorBoard's or xprof's profile plugin, and its `perfetto_trace.json.gz` at ui.perfetto.dev.
 Runs on CPU, GPU and TPU.
