@@ -5,6 +5,7 @@ the second. Shifted up, or masked, a byte is sixteen times one of its codes; six
 For few rows, where reading the weight is all the work, this is faster than writing it out unpacked and reading that.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -37,14 +38,25 @@ def _suits(op: Dot, side: int, q: QArray, other: QArray) -> bool:
 
 def sums(op: Dot, side: int, q: QArray, other: jax.Array, then: Callable) -> jax.Array:
     """Return the int32 sums of `other` with the codes of `q`, the operand on `side`; then: multiplies int8."""
+
+    def product(x: jax.Array, codes: jax.Array) -> jax.Array:
+        return then(op, codes, x) if side == 0 else then(op, x, codes)
+
+    def unpacked(stored: jax.Array, x: jax.Array) -> jax.Array:
+        return product(x, dataclasses.replace(q, stored=stored).codes)
+
+    def halves(stored: jax.Array, x: jax.Array) -> jax.Array:
+        return _in_halves(op, side, dataclasses.replace(q, stored=stored), x, product)
+
+    # XLA:GPU unpacks within the product; two products of one array it would write out, multiplied, before it sums.
+    return lax.platform_dependent(q.stored, other, cuda=unpacked, default=halves)
+
+
+def _in_halves(op: Dot, side: int, q: QArray, other: jax.Array, product: Callable) -> jax.Array:
     axis = q.packing.axis % q.ndim
     stored = lax.bitcast_convert_type(q.stored, jnp.int8)
     low = lax.shift_left(stored, lax.full_like(stored, BITS))
     high = lax.bitwise_and(stored, lax.full_like(stored, -(2**BITS)))
-
-    def product(x: jax.Array, half: jax.Array) -> jax.Array:
-        return then(op, half, x) if side == 0 else then(op, x, half)
-
     if axis in op.contract[side]:
         first, second = _halves(other, op.contract[1 - side][op.contract[side].index(axis)], stored.shape[axis])
         sixteenfold = lax.add(product(first, low), product(second, high))

@@ -90,7 +90,7 @@ def form_of(item: Located, decision: Decision, platform: str) -> str:
     if not decision.is_integer:
         return "decoded, then float"
     operands = alone.coded(item, decision)
-    if isinstance(item.op, Dot) and nibbles.packed_side(item.op, operands) is not None:
+    if platform != forms.GPU and isinstance(item.op, Dot) and nibbles.packed_side(item.op, operands) is not None:
         return "halves of bytes"
     return forms.choose(platform, item.op, *operands).name
 

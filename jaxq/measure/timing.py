@@ -1,11 +1,11 @@
 """Times of programs side by side: blocks in turn, medians, so that a machine's drift meets all of them alike."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 Call = Callable[[], Any]
 
@@ -24,8 +24,8 @@ def seconds(calls: Sequence[Call], rounds: int = 5) -> list[float]:
     blocks: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
         for n in range(len(calls))[:: -1 if number % 2 else 1]:
-            blocks[n].append(statistics.median(_once(calls[n]) for _ in range(sizes[n])))
-    return [statistics.median(times) for times in blocks]
+            blocks[n].append(float(np.median([_once(calls[n]) for _ in range(sizes[n])])))
+    return [float(np.median(times)) for times in blocks]
 
 
 def _block_size(call: Call) -> int:
