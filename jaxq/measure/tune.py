@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxq.decisions.decision import Decision
+from jaxq.decisions.decision import Decision, blank_ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.interpretation.arguments import Argnums
@@ -34,9 +34,9 @@ def tune(
     """Return a function `(params, *args) -> Plan` that leaves in float the sites that are slower quantized.
 
     Each kind of site (operation, shapes, scheme) is timed by itself in float and as planned, on this device, and where
-    float wins by more than 5 % its decision becomes float, with the reason in the plan. Lookups and ragged products
-    stay as decided. measure: how many times as fast as float a site runs, instead of timing it. Raises `TypeError`
-    for converted parameters.
+    float wins by more than 5 % its decision becomes float, with the reason in the plan. Lookups, ragged products and
+    sites with a quantized output, which others share, stay as decided. measure: how many times as fast as float a site
+    runs, instead of timing it. Raises `TypeError` for converted parameters.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]), {"up": jnp.ones((8, 4)), "down": jnp.ones((4, 4))}
@@ -62,9 +62,10 @@ def tune(
 
 def _faster(decision: Decision, ranges: tuple, speed: float | None) -> tuple[Decision, tuple]:
     """Return a decision and its ranges, or float where that is faster."""
-    if decision.scheme is None or speed is None or speed * MARGIN >= 1:
+    if decision.scheme is None or decision.out is not None or speed is None or speed * MARGIN >= 1:
         return decision, ranges
     device = jax.devices()[0].device_kind
     formats = " x ".join(dict.fromkeys(str(q.format) for q in decision.quantizers if q is not None))
     reason = f"slower in {formats} on {device}: {1 / speed:.1f}x"
-    return dataclasses.replace(decision, scheme=None, reason=reason), (None,) * len(ranges)
+    left = dataclasses.replace(decision, scheme=None, reason=reason)
+    return left, blank_ranges(left)
