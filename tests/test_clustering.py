@@ -268,6 +268,41 @@ def test_lloyd_is_never_better_than_the_optimum_and_finds_separated_clusters():
             np.testing.assert_allclose(lloyd.lloyd(apart, start)[0], clustering.optimal(apart, 6), rtol=1e-5, atol=1e-5)
 
 
+def shapes(n):
+    """Rows of n values, one for each kind of distribution: smooth, heavy-tailed, clustered, tied, sparse."""
+    random = np.random.default_rng(n)
+    rows = {
+        "gauss": random.normal(size=n),
+        "laplace": random.laplace(size=n),
+        "uniform": random.uniform(size=n),
+        "tails": random.standard_t(2, size=n),
+        "clusters": 10 * random.normal(size=7)[random.integers(7, size=n)] + 0.3 * random.normal(size=n),
+        "ties": np.round(10 * random.normal(size=n)) / 10,
+        "sparse": random.normal(size=n) * (random.random(n) < 0.1),
+        "logarithmic": np.exp(2 * random.normal(size=n)),
+    }
+    return np.stack(list(rows.values())).astype(np.float32)
+
+
+@pytest.mark.parametrize(("n", "k", "allowed"), [(40, 3, 1e-5), (250, 16, 1e-5), (3000, 16, 1e-3)])
+def test_fit_is_the_optimum_whatever_the_distribution(n, k, allowed):
+    rows = shapes(n)
+    for row, centroids in zip(rows, np.asarray(lloyd.fit(rows, k)), strict=True):
+        best = cost(row, clustering.optimal(row, k))
+        assert np.all(np.diff(centroids) >= 0)
+        assert best * (1 - 1e-6) <= cost(row, centroids) <= best * (1 + allowed) + 1e-10
+
+
+def test_fit_is_the_best_of_all_partitions_of_weighted_values():
+    random = np.random.default_rng(0)
+    values, weights = random.integers(-6, 7, (40, 9)), random.integers(0, 4, (40, 9))
+    weights[:, 0] = 1
+    found = np.asarray(lloyd.fit(values, 3, weights))
+    for row, weight, centroids in zip(values, weights, found, strict=True):
+        best = every_partition(row.tolist(), weight.tolist(), 3)[0]
+        assert cost(row, centroids, weight) == pytest.approx(float(best), rel=1e-5, abs=1e-9)
+
+
 def test_weights_count_values():
     values, _ = blocks_of(5, (2, 60))
     counts = np.random.default_rng(5).integers(1, 4, 60)

@@ -4,8 +4,8 @@ A number's nearest centroid is told by the midpoints between centroids, so the v
 iteration is k binary searches and k differences of running sums. Running sums are pairs of float32 whose sum is exact
 to about 2**-46: the difference of two of them is as good as the sum of the values between.
 
-Sharp edges: float32, no x64. Lloyd finds a local optimum; `clustering.optimal` finds the best, on the host. A cluster
-without values keeps its centroid. Sums of all the values of a block must be finite in float32.
+Sharp edges: float32, no x64. Lloyd finds a local optimum; `fit` starts it next to the best, which `clustering.optimal`
+finds on the host. A cluster without values keeps its centroid. Sums of all the values of a block must be finite.
 """
 
 import functools
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.numbers import partition
+
 # A number as the unrounded sum of two float32.
 Pair = tuple[jax.Array, jax.Array]
 # A cluster of a smaller part of a block's weight counts as empty: running sums cannot tell it from none.
@@ -24,6 +26,8 @@ NEGLIGIBLE = np.float32(2.0**-40)
 QUANTILES = 2**14
 # Up to here comparisons, which fuse with what surrounds them, are faster than binary searches.
 MOST_COMPARISONS = 15
+# Points that stand for a block of more values: so many for each cluster, within these limits.
+POINTS_EACH, FEWEST, MOST = 16, 256, 1024
 # Vectors whose distances to all centroids are in memory at once.
 BATCH = 2**14
 
@@ -91,15 +95,17 @@ def assign(values: jax.Array, centroids: jax.Array) -> jax.Array:
 
 
 def fit(values: jax.Array, k: int, weights: jax.Array | None = None) -> jax.Array:
-    """Return k centroids for every block, ascending: `companding_init`, then `lloyd`. [blocks, n] -> [blocks, k].
+    """Return the best k centroids of every block, ascending: `partition.best` and `lloyd`. [blocks, n] -> [blocks, k].
+
+    The optimum where a block has at most 256 values, or 16 k if that is more, up to 1024; otherwise they are grouped
+    into so many points to start from. Costs are float32: of two that differ by less than 1e-6 either may be taken.
 
     >>> import jax.numpy as jnp
     >>> from jaxq.numbers.lloyd import fit
     >>> fit(jnp.array([[1.0, 2.0, 3.0, 11.0, 12.0, 13.0]]), 2).tolist()
     [[2.0, 12.0]]
     """
-    values, weights = _sorted(values, weights)
-    return _lloyd(values, weights, _companding(values, weights, k), 100)
+    return _fit(*_sorted(values, weights), k)
 
 
 def dkm(values: jax.Array, centroids: jax.Array, temperature, iterations: int) -> tuple[jax.Array, jax.Array]:
@@ -253,6 +259,20 @@ def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, i
         return count + 1, now, step(now)
 
     return lax.while_loop(unfinished, advance, (jnp.int32(0), centroids + jnp.inf, centroids))[2]
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _fit(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
+    """Return the centroids of ascending values."""
+    n = values.shape[-1]
+    if 0 in values.shape:
+        return jnp.zeros((values.shape[0], k), jnp.float32)
+    ends = partition.edges(values, weights, min(n, max(FEWEST, min(POINTS_EACH * k, MOST))))
+    first = _between(_running(values if weights is None else weights * values), ends)
+    mass = jnp.diff(ends, axis=1).astype(jnp.float32) if weights is None else _between(_running(weights), ends)
+    alone = jnp.take_along_axis(values, jnp.minimum(ends[:, :-1], n - 1), axis=1)
+    points = jnp.where(mass > 0, first / jnp.where(mass > 0, mass, 1), alone)
+    return _lloyd(values, weights, partition.best(points, mass, k), 100)
 
 
 @functools.partial(jax.jit, static_argnames="k")
