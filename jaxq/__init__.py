@@ -82,6 +82,9 @@ from jaxq.numbers.formats import Fixed as Fixed
 from jaxq.numbers.formats import Int as Int
 from jaxq.numbers.formats import Levels as Levels
 from jaxq.numbers.formats import Ternary as Ternary
+from jaxq.numbers.parameters import Learned as Learned
+from jaxq.numbers.parameters import Parameters as Parameters
+from jaxq.numbers.parameters import learned as learned
 from jaxq.numbers.qarray import Dropped as Dropped
 from jaxq.numbers.qarray import QArray as QArray
 from jaxq.numbers.qarray import Stored as Stored

@@ -3,12 +3,12 @@
 import dataclasses
 
 from jaxq.decisions.scheme import Scheme
-from jaxq.numbers import calibrators
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers import calibrators, learning
+from jaxq.numbers.calibrators import Leaf
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Site
 
-Ranges = tuple[tuple[Range | None, ...], ...]
+Ranges = tuple[tuple[Leaf | None, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Decision:
         return len(self.quantizers) == 2 and all(q is not None and q.integer for q in self.quantizers)
 
 
-def blank_ranges(decision: Decision) -> tuple[Range | None, ...]:
-    """Return an unobserved range for every static quantizer of a site: those of `Decision.ranged`."""
-    return tuple(None if q is None else calibrators.unobserved(decision.site.stack, q) for q in decision.ranged)
+def blank_ranges(decision: Decision) -> tuple[Leaf | None, ...]:
+    """Return what is known before anything was observed, for every static quantizer of `Decision.ranged`."""
+    return tuple(None if q is None else _blank(decision.site, n, q) for n, q in enumerate(decision.ranged))
+
+
+def _blank(site: Site, number: int, quantizer: Quantizer) -> Leaf:
+    if not quantizer.learned:
+        return calibrators.unobserved(site.stack, quantizer)
+    shape, contracted = site.operands[number].shape, site.operands[number].contracted
+    return learning.unobserved(site.stack, quantizer, shape, quantizer.grid(shape, contracted))

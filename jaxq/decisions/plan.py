@@ -1,6 +1,7 @@
 """The plan: the resolved decision for every site of a program, and what was measured to carry it out.
 
-A `Plan` is a pytree. Its structure is what was decided (`Decision`s), its leaves are the static ranges of activations.
+A `Plan` is a pytree. Its structure is what was decided (`Decision`s), its leaves are the static ranges of
+activations and the parameters that are learned.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 from jaxq.decisions import plan_json, table
 from jaxq.decisions.decision import Decision, Ranges
 from jaxq.numbers import calibrators
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import Leaf
 from jaxq.programs.sites import Site
 
 
@@ -22,7 +23,7 @@ class Plan:
     """The decision for every matmul, convolution and embedding lookup of a program.
 
     ranges: for each decision, for each operand and then for a quantized output, the static `Range` (float32 arrays of
-    shape `site.stack`) or None. Printing it gives the table. Accepted wherever a policy is.
+    shape `site.stack`), the learned `Parameters`, or None. Printing it gives the table. Accepted wherever a policy is.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["up"]), {"up": jnp.ones((8, 4))}
@@ -61,8 +62,8 @@ class Plan:
                 return decision
         raise KeyError(f"no site '{name}' in this plan; sites are: {', '.join(self.names)}")
 
-    def range(self, name: str) -> tuple[Range | None, ...]:
-        """Return the static ranges of a site's operands and, if it is quantized, of its output."""
+    def range(self, name: str) -> tuple[Leaf | None, ...]:
+        """Return the static ranges and learned parameters of a site's operands and, if quantized, of its output."""
         self[name]
         return self.ranges[self.names.index(name)]
 
@@ -93,11 +94,13 @@ class Plan:
         return self
 
     def unobserved(self) -> list[str]:
-        """Return the sites whose static ranges have seen no data, in no layer; traced ranges are not known."""
+        """Return the sites whose static ranges have seen no data in any layer, or whose parameters have not in one.
+
+        Traced ranges are not known.
+        """
         names = []
         for decision, ranges in zip(self.decisions, self.ranges, strict=True):
-            counts = [r.count for r in ranges if r is not None and not isinstance(r.count, jax.core.Tracer)]
-            if any(np.size(c) and not np.any(np.asarray(c) > 0) for c in counts):
+            if any(r is not None and calibrators.is_blank(r) for r in ranges):
                 names.append(decision.site.name)
         return names
 
@@ -127,7 +130,7 @@ class Plan:
         return table.render([_row(d) for d in self.decisions], _summary(self))
 
 
-def _merged(decision: Decision, a: tuple, b: tuple) -> tuple[Range | None, ...]:
+def _merged(decision: Decision, a: tuple, b: tuple) -> tuple[Leaf | None, ...]:
     triples = zip(decision.ranged, a, b, strict=True)
     return tuple(x if x is None else calibrators.combine(q, x, y) for q, x, y in triples)
 

@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxq.decisions.decision import Decision, Fed, Ranges
+from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.scheme import Backward, Scheme
 from jaxq.numbers import spec
-from jaxq.numbers.calibrators import Calibrator, Range
+from jaxq.numbers.calibrators import Calibrator
 from jaxq.numbers.fits import Fit
-from jaxq.numbers.histogram import BINS, Histogram
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.scaling import Scaling
 from jaxq.programs.sites import Operand, Site
@@ -40,9 +39,10 @@ def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:
         if not isinstance(data, dict) or data.get("jaxq_plan") != VERSION:
             raise ValueError(f"expected jaxq_plan version {VERSION}")
         decisions = spec.decode(data["decisions"], TYPES)
-        ranges = tuple(tuple(_range(r) for r in per_site) for per_site in data["ranges"])
-        _check(decisions, ranges)
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError) as error:
+        blank = _blank(decisions)
+        ranges = _filled(blank, data["ranges"])
+        _check_shapes(decisions, blank, ranges)
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError, MemoryError) as error:
         raise ValueError(f"this is not the JSON of a jaxq plan: {error}") from error
     return decisions, ranges
 
@@ -51,17 +51,8 @@ def _refuse(constant: str):
     raise ValueError(f"{constant} is not a number of a plan")
 
 
-def _range(value: Any) -> Range | None:
-    if value is None:
-        return None
-    *ends, counts = value
-    lo, hi, count = (np.asarray(item, np.float32) for item in ends)
-    seen = None if counts is None else Histogram(*(np.asarray(item, np.float32) for item in counts))
-    return Range(lo, hi, count, seen)
-
-
-def _check(decisions: Any, ranges: tuple) -> None:
-    """Raise unless the ranges have the structure and shapes that the decisions call for."""
+def _blank(decisions: Any) -> Ranges:
+    """Return the ranges, unobserved, that the decisions call for; raise unless they are decisions."""
     if not isinstance(decisions, tuple) or not all(isinstance(d, Decision) for d in decisions):
         raise ValueError("'decisions' is not a list of decisions")
     for decision in decisions:
@@ -69,21 +60,29 @@ def _check(decisions: Any, ranges: tuple) -> None:
     outputs = {d.site.name: d.out for d in decisions}
     if any(fed and fed.quantizer != outputs.get(fed.site) for d in decisions for fed in d.fed):
         raise ValueError("an operand is said to be the output of a site that puts out nothing of the kind")
-    for decision, own in zip(decisions, ranges, strict=True):
-        for quantizer, r in zip(decision.ranged, own, strict=True):
-            _check_range(decision.site, quantizer, r)
+    return tuple(blank_ranges(decision) for decision in decisions)
 
 
-def _check_range(site: Site, quantizer: Quantizer | None, r: Range | None) -> None:
-    """Raise unless a range is what a static quantizer calls for, None without one; no array of that shape is made."""
-    counts = quantizer is not None and quantizer.counts
-    if (quantizer is None) != (r is None) or (r is not None and counts != (r.histogram is not None)):
-        raise ValueError(f"the ranges of site '{site.name}' do not belong to its decision")
-    if r is None:
-        return
-    shapes = [site.stack] * 3 + ([(*site.stack, BINS), site.stack] if counts else [])
-    for want, have in zip(shapes, jax.tree.leaves(r), strict=True):
-        if want != have.shape or not np.isfinite(have).all():
-            raise ValueError(
-                f"a range of site '{site.name}' has shape {have.shape} instead of {want}, or is not finite"
-            )
+def _filled(blank: Any, value: Any) -> Any:
+    """Return nested lists of numbers in the structure of `blank`, where named tuples were written as lists."""
+    if blank is None or value is None:
+        if blank is not value:
+            raise ValueError("the ranges do not belong to the decisions")
+        return None
+    if not isinstance(blank, tuple):
+        return np.asarray(value, np.float32)
+    if not isinstance(value, list) or len(value) != len(blank):
+        raise ValueError("the ranges do not belong to the decisions")
+    parts = [_filled(part, item) for part, item in zip(blank, value, strict=True)]
+    return tuple(parts) if type(blank) is tuple else type(blank)(*parts)
+
+
+def _check_shapes(decisions: tuple[Decision, ...], blank: Ranges, ranges: Ranges) -> None:
+    """Raise unless the ranges have the shapes that the decisions call for."""
+    for decision, *pair in zip(decisions, blank, ranges, strict=True):
+        for want, have in zip(*map(jax.tree.leaves, pair), strict=True):
+            if want.shape != have.shape or not np.isfinite(have).all():
+                raise ValueError(
+                    f"a range of site '{decision.site.name}' has shape {have.shape} instead of {want.shape}, or is not "
+                    "finite"
+                )

@@ -14,7 +14,7 @@ from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Choice, Policy, choose
 from jaxq.decisions.scheme import Scheme
-from jaxq.numbers.calibrators import EMA, MinMax, Range
+from jaxq.numbers.calibrators import EMA, Leaf, MinMax
 from jaxq.numbers.formats import Fixed, Float, Int
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Feed, Operand, Site
@@ -223,7 +223,7 @@ def _relinked(decision: Decision, outputs: dict[str, Quantizer | None]) -> Decis
     return dataclasses.replace(decision, fed=fed if any(fed) else ())
 
 
-def _kept_ranges(old: Decision, new: Decision, ranges: tuple) -> tuple[Range | None, ...]:
+def _kept_ranges(old: Decision, new: Decision, ranges: tuple) -> tuple[Leaf | None, ...]:
     if old == new:
         return ranges
     # The output's range comes last, and there is none that was not there before.
@@ -274,7 +274,7 @@ class _Index:
         return kin[0] if len(kin) == 1 else None
 
 
-def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple[Range | None, ...]]:
+def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple[Leaf | None, ...]]:
     if number is None or site.obstacle:
         return Decision(site, None, site.obstacle), (None,) * len(site.operands)
     decision, ranges = plan.decisions[number], plan.ranges[number]
@@ -296,14 +296,14 @@ def supplied(plan: Plan, decisions: Sequence[Decision]) -> Ranges:
     """
     outs = {d.site.name: ranges[-1] for d, ranges in zip(plan.decisions, plan.ranges, strict=True) if d.out}
 
-    def of(decision: Decision, fed: Fed | None) -> Range | None:
+    def of(decision: Decision, fed: Fed | None) -> Leaf | None:
         r = outs.get(fed.site) if fed else None
         return r and _stretched(r, decision.site.stack)
 
     return tuple(tuple(of(decision, fed) for fed in decision.fed) for decision in decisions)
 
 
-def _stretched(r: Range, stack: tuple[int, ...]) -> Range:
+def _stretched(r: Leaf, stack: tuple[int, ...]) -> Leaf:
     """Return a range of a stack that goes on: the same for all inner layers."""
     depth = jnp.ndim(r.count)
 

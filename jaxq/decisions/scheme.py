@@ -57,13 +57,14 @@ class Scheme:
         for role, value in self._roles():
             if value is not None and not isinstance(value, Quantizer):
                 raise TypeError(f"Scheme({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
-        if self.weight is not None and self.weight.static:
+        if self.weight is not None and self.weight.static and not self.weight.learned:
             raise ValueError("a weight's range comes from the weight itself: drop calibrator= from Scheme(weight=)")
         if self.weight is not None and self.weight.symmetric and not self.weight.format.signed:
             raise ValueError(
                 "unsigned symmetric codes clip every negative weight: use jaxq.uint8(), which has a zero point"
             )
-
+        if self.act is not None and self.act.learned and not self.act.per_tensor:
+            raise ValueError("learned parameters of activations are per tensor: add per_tensor=True to Scheme(act=)")
         if self.out is not None:
             self._check_out(self.out)
         if self.grad is not None:
@@ -78,6 +79,8 @@ class Scheme:
             raise ValueError(
                 "an output has one scale, which all that read it can share: use Scheme(out=) per_tensor=True"
             )
+        if out.learned:
+            raise ValueError("outputs have ranges, not learned parameters: use jaxq.minmax() in Scheme(out=)")
         if out.fit is not None or (not out.static and not out.symmetric):
             raise ValueError(
                 "fit= and zero points of an output need a range that stays: add calibrator= to Scheme(out=), such as "
@@ -90,6 +93,10 @@ class Scheme:
             raise TypeError(f"Scheme(grad=) takes a quantizer or a jaxq.Backward, got {self.grad!r}")
         assert self.backward is not None  # and it is one that gradients can have
         for role, value in (("weight", self.weight), ("act", self.act)):
+            if value is not None and value.learned:
+                raise ValueError(
+                    f"quantized gradients do not reach learned parameters: drop grad=, or learned() of {role}="
+                )
             if value is not None and (not value.symmetric or value.group is not None):
                 raise ValueError(
                     f"with Scheme(grad=) the codes of operands are multiplied with those of gradients, which takes one "

@@ -20,7 +20,7 @@ from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.interpretation.rules import Execute, Given, Rule, all_counts, over
 from jaxq.numbers import histogram, noise
 from jaxq.numbers.blocks import hide
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import Leaf
 from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.levels import levels
 from jaxq.numbers.noise import Noise
@@ -55,10 +55,9 @@ class Weigh(Rule):
     once = True
 
     def __call__(self, item, eqn, operands, given):
-        del given
         task, outs = self.execute.task(item), jaxpr.rebind(eqn, *operands)
         wanted = item.weight is not None and task.quantizers[item.weight] is not None
-        return outs, _weighed(task, operands[item.weight]) if wanted else None
+        return outs, _weighed(task, operands[item.weight], given.ranges[item.weight]) if wanted else None
 
     def merge(self, a, b):
         del b
@@ -113,9 +112,9 @@ class Compare(Rule):
         task = self.execute.task(item)
         if item.weight is None or task.quantizers[item.weight] is None:
             return given
-        return given._replace(weight=weight_codes(task, operands[item.weight]))
+        return given._replace(weight=weight_codes(task, operands[item.weight], given.ranges[item.weight]))
 
-    def watched(self, item, exact: list, ranges: tuple[Range | None, ...]) -> tuple[Seen | None, ...]:
+    def watched(self, item, exact: list, ranges: tuple[Leaf | None, ...]) -> tuple[Seen | None, ...]:
         """Look at the activations among the operands; weights are looked at once, by `Weigh`."""
         task = self.execute.task(item)
         wanted = [q is not None and n != item.weight for n, q in enumerate(task.quantizers)]
@@ -160,8 +159,8 @@ class Switch(Rule):
             return x
 
         def imitated(x):
-            is_weight = number == task.weight
-            q = weight_codes(task, x) if is_weight else to_codes(task, number, x, hide(given.ranges[number]))
+            is_weight, r = number == task.weight, given.ranges[number]
+            q = weight_codes(task, x, r) if is_weight else to_codes(task, number, x, hide(r))
             return q.decode(x.dtype)
 
         return lax.cond(given.signal[number], imitated, lambda x: x, x)
@@ -177,12 +176,12 @@ class Switch(Rule):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weighed(task: Task, w: jax.Array) -> Seen:
-    return _seen(task, task.weight, w, weight_codes(task, w))
+def _weighed(task: Task, w: jax.Array, r: Leaf | None) -> Seen:
+    return _seen(task, task.weight, w, weight_codes(task, w, r))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _watched(task: Task, number: int, x: jax.Array, r: Range | None) -> Seen:
+def _watched(task: Task, number: int, x: jax.Array, r: Leaf | None) -> Seen:
     return _seen(task, number, x, to_codes(task, number, x, hide(r)))
 
 

@@ -20,6 +20,8 @@ from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.rules import Capture, Rule
 from jaxq.interpretation.transforms import DEFAULT
 from jaxq.interpretation.weights import to_leaf
+from jaxq.numbers.calibrators import is_blank
+from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import Dropped, QArray, Stored, is_converted
 from jaxq.programs import jaxpr
 from jaxq.programs.sites import Located
@@ -45,6 +47,7 @@ def convert(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 
         layout, leaves = take_apart(args, kwargs, argnums)
         _check_weights(layout, leaves)
         program = load(f, layout, leaves, policy)
+        _check_learned(program)
         captured = _capture(program, leaves)
         _check_scales(captured)
         read = _still_read(program, leaves, captured)
@@ -68,6 +71,16 @@ def _check_weights(layout: Layout, leaves: list) -> None:
             raise ValueError(
                 f"weight '{layout.name(n)}' holds NaN or infinity: there is no scale for it; repair it first"
             )
+
+
+def _check_learned(program: Program) -> None:
+    pairs = zip(program.decisions, program.ranges, strict=True)
+    blank = [d.site.name for d, site in pairs if any(isinstance(r, Parameters) and is_blank(r) for r in site)]
+    if blank:
+        raise ValueError(
+            f"learned parameters of these sites have seen no weights: {', '.join(blank)}; "
+            "run jaxq.observe(f, plan)(params, ...) or jaxq.calibrate first, and convert with the plan it returns"
+        )
 
 
 def _check_scales(captured: Captured) -> None:

@@ -9,6 +9,7 @@ barrier, without which XLA folds constants into other roundings than it uses for
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxq import lowering
 from jaxq.decisions.scheme import Backward
 from jaxq.interpretation import backward
-from jaxq.numbers import codecs
+from jaxq.numbers import codecs, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import Leaf, Range
+from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.ops import Dot, Embedding, Op
@@ -44,9 +46,11 @@ class Task:
         return "weight" if number == self.weight else "act"
 
 
-def to_codes(task: Task, number: int, x: jax.Array, r: Range | None) -> QArray:
-    """Quantize an operand by its static range, or by its own where there is none."""
+def to_codes(task: Task, number: int, x: jax.Array, r: Leaf | None) -> QArray:
+    """Quantize an operand by learned parameters, by its static range, or by its own where there is none."""
     quantizer, grid = task.quantizers[number], _grid(task, number, x)
+    if isinstance(r, Parameters):
+        return learning.encode(quantizer, x, grid, r)
     return codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid))
 
 
@@ -63,16 +67,16 @@ def _fixed(quantizer: Quantizer, r: Range | None, grid: tuple[int, ...]) -> Rang
     return r._replace(lo=lax.reshape(r.lo, grid), hi=lax.reshape(r.hi, grid))
 
 
-def weight_codes(task: Task, w: jax.Array) -> QArray:
+def weight_codes(task: Task, w: jax.Array, r: Leaf | None) -> QArray:
     """Return the codes of a weight operand: what `convert` stores."""
-    return _settled(task, _raw_weight_codes(task, w))
+    return _settled(task, _raw_weight_codes(task, w, hide(r)))
 
 
-def _raw_weight_codes(task: Task, w: jax.Array) -> QArray:
+def _raw_weight_codes(task: Task, w: jax.Array, r: Leaf | None) -> QArray:
     """Return the codes of a weight operand, with a scale still to be settled where it is one reduction."""
     quantizer, w = task.quantizers[task.weight], hide(w)
     if not is_plain(quantizer):
-        return to_codes(task, task.weight, w, None)
+        return to_codes(task, task.weight, w, r)
     raw = raw_scale(quantizer, w, _grid(task, task.weight, w))
     codes = encode(quantizer, w, Affine(settle(quantizer, raw), None))
     return QArray(codes, raw, None, quantizer.format, w.dtype)
@@ -97,7 +101,7 @@ def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.A
     return _product(task, operands, coded, ranges, rest)
 
 
-def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
+def _coded(task: Task, number: int, x, r: Leaf | None) -> QArray | None:
     """Return an operand's codes; None where it stays float."""
     if isinstance(x, QArray):
         settled = _settled(task, hide(x))
@@ -106,7 +110,7 @@ def _coded(task: Task, number: int, x, r: Range | None) -> QArray | None:
         return None
     x = lax.stop_gradient(x)
     if number == task.weight:
-        return _settled(task, hide(_raw_weight_codes(task, x))).plain()
+        return _settled(task, hide(_raw_weight_codes(task, x, r))).plain()
     return to_codes(task, number, x, r).plain()
 
 
@@ -118,8 +122,7 @@ def round_output(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Arr
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
-    grid = (1,) * y.ndim
-    q = codecs.encode(quantizer, y, grid, _fixed(quantizer, r, grid)).plain()
+    q = _output_codes(quantizer, y, r)
     # There is no code for NaN, which a lookup out of bounds is filled with.
     return lax.select(lax.ne(y, y), y, q.decode(y.dtype))
 
@@ -127,8 +130,13 @@ def _rounded(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
 @_rounded.defjvp
 def _rounded_jvp(quantizer, primals, tangents):
     y, r = primals
+    q = _output_codes(quantizer, lax.stop_gradient(y), r)
+    return _rounded(quantizer, y, r), _through(quantizer, y, q, r, tangents[0])
+
+
+def _output_codes(quantizer: Quantizer, y: jax.Array, r: Range | None) -> QArray:
     grid = (1,) * y.ndim
-    return _rounded(quantizer, y, r), _clipped(quantizer, lax.stop_gradient(y), grid, r, tangents[0])
+    return codecs.encode(quantizer, y, grid, _fixed(quantizer, r, grid)).plain()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -146,20 +154,33 @@ def _product_jvp(task: Task, primals, tangents):
     out = _product(task, *primals)
     smooth = [_smooth(task, n, *pair) for n, pair in enumerate(zip(operands, coded, ranges, strict=True))]
     terms = []
-    for n, (x, dx) in enumerate(zip(operands, tangents[0], strict=True)):
+    for n, (x, dx, dr) in enumerate(zip(operands, tangents[0], tangents[2], strict=True)):
         if isinstance(x, QArray):
             _refuse_gradient(dx)
             continue
-        if isinstance(dx, SymbolicZero):
-            continue
-        step = dx if coded[n] is None else _through(task, n, x, ranges[n], dx)
-        terms.append(_linear(task.op, *smooth[:n], step, *smooth[n + 1 :], *rest))
+        steps = [] if isinstance(dx, SymbolicZero) else [_through(task.quantizers[n], x, coded[n], ranges[n], dx)]
+        if isinstance(dr, Parameters) and not _is_still(dr.value):
+            steps.append(learning.follow(task.quantizers[n], x, coded[n], _made(dr.value)))
+        terms += [_linear(task.op, *smooth[:n], step, *smooth[n + 1 :], *rest) for step in steps]
     return out, functools.reduce(lax.add, terms) if terms else lax.full_like(out, 0)
 
 
 def _linear(op: Op, *operands) -> jax.Array:
     """Run the operation on tangents: what a lookup out of bounds is filled with is a constant, its tangent zero."""
     return op.apply(*operands, fill_value=0) if isinstance(op, Embedding) else op.apply(*operands)
+
+
+def _is_still(change: Any) -> bool:
+    return all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(change, is_leaf=_is_zero))
+
+
+def _made(change: Any) -> Any:
+    """Return a change with arrays for symbolic zeros."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x, change, is_leaf=_is_zero)
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
 
 
 def _refuse_gradient(tangent: QArray) -> None:
@@ -201,33 +222,38 @@ def _pulled(task: Task, number: int, g: jax.Array, operands: tuple, coded: tuple
     quantizer = task.backward.of(task.role(number))
     dx = backward.gradient(task.op, number, backward.Rounding(quantizer, key), g, other, x.shape)
     dx = lax.convert_element_type(dx, x.dtype)
-    return dx if coded[number] is None else _through(task, number, x, ranges[number], dx)
+    return _through(task.quantizers[number], x, coded[number], ranges[number], dx)
 
 
-def _smooth(task: Task, number: int, x, q: QArray | None, r: Range | None) -> jax.Array:
+def _smooth(task: Task, number: int, x, q: QArray | None, r: Leaf | None) -> jax.Array:
     """Return an operand as the derivative sees it: dequantized, itself differentiable straight through."""
     if q is None:
         return x
-    return q.decode() if isinstance(x, QArray) else _imitation(task, number, x, q, r)
+    return q.decode() if isinstance(x, QArray) else _imitation(task.quantizers[number], x, q, r)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _imitation(task: Task, number: int, x: jax.Array, q: QArray, r: Range | None) -> jax.Array:
-    """Return `decode(q)`, where q is the codes of x: straight through towards x."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _imitation(quantizer: Quantizer, x: jax.Array, q: QArray, r: Leaf | None) -> jax.Array:
+    """Return `decode(q)`, where q is the codes of x: straight through towards x, and towards learned parameters."""
     return q.decode(x.dtype)
 
 
 @_imitation.defjvp
-def _imitation_jvp(task, number, primals, tangents):
-    x, _, r = primals
-    return _imitation(task, number, *primals), _through(task, number, x, r, tangents[0])
+def _imitation_jvp(quantizer, primals, tangents):
+    x, q, r = primals
+    step = _through(quantizer, x, q, r, tangents[0])
+    if isinstance(r, Parameters):
+        step = lax.add(step, learning.follow(quantizer, x, q, tangents[2].value))
+    return _imitation(quantizer, *primals), step
 
 
-def _through(task: Task, number: int, x: jax.Array, r: Range | None, dx: jax.Array) -> jax.Array:
+def _through(quantizer: Quantizer, x: jax.Array, q: QArray | None, r: Leaf | None, dx: jax.Array) -> jax.Array:
     """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
-    return _clipped(task.quantizers[number], lax.stop_gradient(x), _grid(task, number, x), r, dx)
-
-
-def _clipped(quantizer: Quantizer, x: jax.Array, grid: tuple[int, ...], r: Range | None, dx: jax.Array) -> jax.Array:
-    inside = codecs.inside(quantizer, x, grid, _fixed(quantizer, r, grid))
+    if q is None:
+        return dx
+    x = lax.stop_gradient(x)
+    if isinstance(r, Parameters):
+        inside = learning.inside(quantizer, x, q)
+    else:
+        inside = codecs.inside(quantizer, x, q, _fixed(quantizer, r, q.grid))
     return dx if inside is None else lax.select(inside, dx, lax.full_like(dx, 0))

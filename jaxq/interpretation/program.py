@@ -22,7 +22,8 @@ from jaxq.interpretation.arguments import Layout, shape_of
 from jaxq.interpretation.interpret import Channel, Interpreter
 from jaxq.interpretation.rules import Execute, Given, Rule
 from jaxq.numbers.blocks import hide
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import Leaf
+from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.programs import jaxpr
 from jaxq.programs.analysis import Analysis, analyze
@@ -132,15 +133,20 @@ class Program:
         return self.body._replace(consts=tuple(hide(list(self.body.consts))))
 
 
-def _all_ranges(decision: Decision, own: tuple, supplied: tuple) -> tuple[Range | None, ...]:
+def _all_ranges(decision: Decision, own: tuple, supplied: tuple) -> tuple[Leaf | None, ...]:
     """Return the static range of every operand, its own or that of the output it is, and of the site's output."""
     inputs = own[: len(decision.site.operands)]
     filled = tuple(a if b is None else b for a, b in zip(inputs, supplied or (None,) * len(inputs), strict=True))
     return (*filled, own[-1] if decision.out else None)
 
 
-def _alarmed(r: Range, alarm: jax.Array) -> Range:
-    """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull."""
+def _alarmed(r: Leaf, alarm: jax.Array) -> Leaf:
+    """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull.
+
+    Learned parameters stay as they are: what is quantized by them is looked at for NaN itself.
+    """
+    if isinstance(r, Parameters):
+        return r
     if jnp.ndim(r.count):
         seen = r.count > 0
         r = r._replace(lo=jnp.where(seen, r.lo, jnp.min(r.lo)), hi=jnp.where(seen, r.hi, jnp.max(r.hi)))

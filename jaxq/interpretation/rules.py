@@ -14,10 +14,11 @@ from jax import lax
 
 from jaxq.decisions.decision import Decision
 from jaxq.interpretation.numerics import Task, round_output, run_site, weight_codes
-from jaxq.numbers import calibrators, histogram
+from jaxq.numbers import calibrators, histogram, learning
 from jaxq.numbers.affine import observe
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers.calibrators import Leaf, Range
 from jaxq.numbers.histogram import Histogram
+from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs import jaxpr
@@ -25,15 +26,15 @@ from jaxq.programs.sites import Located, Path
 
 
 class Given(NamedTuple):
-    """What a site is given from outside: static ranges of its operands and of its output, its weight's codes if they
-    were converted, and a random key if something is to be rounded stochastically.
+    """What a site is given from outside: what the plan keeps of its operands and of its output, its weight's codes if
+    they were converted, and a random key if something is to be rounded stochastically.
 
     signal: whatever else the rule wants to know that is traced; like all of it, [*stack] in front.
     """
 
-    ranges: tuple[Range | None, ...]
+    ranges: tuple[Leaf | None, ...]
     weight: QArray | None
-    out: Range | None = None
+    out: Any = None
     key: jax.Array | None = None
     signal: Any = None
 
@@ -111,15 +112,30 @@ class Observe(Rule):
         decision = self.execute.decisions[item.path]
         inputs = operands[: item.op.operands]
         if self.quantized:
-            ranges = map(_at_first_sight, decision.quantizers, given.ranges, inputs)
-            y = self.execute.product(item, operands, given._replace(ranges=tuple(ranges)))
-            outs = [self.execute.rounded(item, y, _at_first_sight(decision.out, given.out, y))]
+            triples = zip(decision.quantizers, inputs, given.ranges, strict=True)
+            ranges = tuple(self.at_first_sight(item, n, *triple) for n, triple in enumerate(triples))
+            y = self.execute.product(item, operands, given._replace(ranges=ranges))
+            outs = [self.execute.rounded(item, y, self.at_first_sight(item, len(inputs), decision.out, y, given.out))]
         else:
             outs = jaxpr.rebind(eqn, *operands)
             y = outs[0]
-        values = [*inputs, y][: len(decision.ranged)]
-        seen = tuple(q and observe(q, x) for q, x in zip(decision.ranged, values, strict=True))
+        triples = zip(decision.ranged, [*inputs, y], [*given.ranges, given.out], strict=False)
+        seen = tuple(q and self.sight(item, n, q, x, old) for n, (q, x, old) in enumerate(triples))
         return outs, seen if any(r is not None for r in seen) else None
+
+    def sight(self, item: Located, number: int, quantizer: Quantizer, x: jax.Array, old: Leaf | None) -> Leaf:
+        """Return what one operand, or the output, shows of itself."""
+        if not quantizer.learned:
+            return observe(quantizer, x)
+        assert isinstance(old, Parameters), "a learned quantizer comes with parameters"
+        return learning.observe(quantizer, x, quantizer.grid(x.shape, item.op.contracted[number]), old)
+
+    def at_first_sight(self, item: Located, number: int, quantizer: Quantizer | None, x, old) -> Any:
+        """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""
+        if quantizer is None or not quantizer.static or old is None:
+            return old
+        new = self.sight(item, number, quantizer, x, old)
+        return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
 
     def merge(self, a, b):
         return jax.tree.map(calibrators.merge, a, b, is_leaf=_is_range)
@@ -128,7 +144,9 @@ class Observe(Rule):
         return jax.tree.map(calibrators.merge_axis, stacked, is_leaf=_is_range)
 
     def merge_devices(self, seen, axes):
-        def hull(r: Range) -> Range:
+        def hull(r: Leaf) -> Leaf:
+            if isinstance(r, Parameters):
+                return jax.tree.map(lambda x: over(lax.pmean, x, axes), r)
             lo, hi, count = (
                 over(reduce, x, axes) for reduce, x in zip((lax.pmin, lax.pmax, lax.pmax), r, strict=False)
             )
@@ -137,15 +155,8 @@ class Observe(Rule):
         return jax.tree.map(hull, seen, is_leaf=_is_range)
 
 
-def _at_first_sight(quantizer: Quantizer | None, old: Range | None, x: jax.Array) -> Range | None:
-    """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""
-    if quantizer is None or not quantizer.static or old is None:
-        return old
-    return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, observe(quantizer, x))
-
-
 def _is_range(node: Any) -> bool:
-    return isinstance(node, Range)
+    return isinstance(node, (Range, Parameters))
 
 
 def over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -169,10 +180,10 @@ class Capture(Rule):
     once = True
 
     def __call__(self, item, eqn, operands, given):
-        del given
-        task = self.execute.task(item)
-        wanted = item.convertible and item.sources and task.quantizers[item.weight] is not None
-        return jaxpr.rebind(eqn, *operands), weight_codes(task, operands[item.weight]) if wanted else None
+        task, outs = self.execute.task(item), jaxpr.rebind(eqn, *operands)
+        if not item.convertible or not item.sources or task.quantizers[item.weight] is None:
+            return outs, None
+        return outs, weight_codes(task, operands[item.weight], given.ranges[item.weight])
 
     def merge(self, a, b):
         del b

@@ -90,6 +90,7 @@ def _module(decision: Decision, plan: Plan, leaf: Any) -> tuple[dict[str, Any], 
     if act is not None and act.static:
         feed = decision.feed(number)
         seen = plan.range(feed.site)[-1] if feed else plan.range(site.name)[number]
+        assert isinstance(seen, Range), "integers and float8 have ranges, not learned parameters"
         parts["input_scale"] = _input_scale(act, seen, site.name)
     group = codes.shape[1] // scale.shape[1] if strategy == "group" else None
     weights = _arguments(leaf.format, strategy, zero is None, group)

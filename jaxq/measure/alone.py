@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxq.decisions.decision import Decision
 from jaxq.interpretation.numerics import Task, run_site, to_codes, weight_codes
-from jaxq.numbers import calibrators
-from jaxq.numbers.calibrators import Range
+from jaxq.numbers import calibrators, learning
+from jaxq.numbers.calibrators import Leaf
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.ops import Conv, Dot
@@ -34,10 +34,11 @@ def programs(item: Located, decision: Decision) -> Programs:
     """Return the float and the quantized program of a site, each with its arguments; the weight is converted."""
     operands = _operands(item)
     task = Task(item.op, decision.quantizers, item.weight)
-    ranges = tuple(_range(q) for q in decision.quantizers)
+    triples = zip(decision.quantizers, operands, item.op.contracted, strict=True)
+    ranges = tuple(_range(*triple) for triple in triples)
     own = list(operands)
     if item.weight is not None and task.quantizers[item.weight] is not None:
-        codes = jax.jit(functools.partial(weight_codes, task))(operands[item.weight])
+        codes = jax.jit(functools.partial(weight_codes, task))(operands[item.weight], ranges[item.weight])
         own[item.weight] = codes.packed()
     return [
         (lambda xs: item.op.apply(*xs), operands),
@@ -50,7 +51,7 @@ def coded(item: Located, decision: Decision) -> tuple[QArray, ...]:
     own, ranges = jax.eval_shape(lambda: programs(item, decision)[1][1])
     task = Task(item.op, decision.quantizers, item.weight)
 
-    def codes(number: int, x: Any, r: Range | None) -> QArray:
+    def codes(number: int, x: Any, r: Leaf | None) -> QArray:
         return x if isinstance(x, QArray) else jax.eval_shape(functools.partial(to_codes, task, number), x, r)
 
     return tuple(codes(n, *pair) for n, pair in enumerate(zip(own, ranges, strict=True)))
@@ -62,9 +63,12 @@ def _operands(item: Located) -> list[jax.Array]:
     return [jax.random.normal(key, operand.shape, jnp.float32).astype(operand.dtype) for key, operand in pairs]
 
 
-def _range(quantizer: Quantizer | None) -> Range | None:
-    """Return the range of normal data, for a static quantizer."""
+def _range(quantizer: Quantizer | None, x: jax.Array, contracted: tuple[int, ...]) -> Leaf | None:
+    """Return the range of normal data, or the parameters learned from `x`, for a static quantizer."""
     if quantizer is None or not quantizer.static:
         return None
+    if quantizer.learned:
+        grid = quantizer.grid(x.shape, contracted)
+        return learning.observe(quantizer, x, grid, learning.unobserved((), quantizer, x.shape, grid))
     four = jnp.float32(4)
     return calibrators.unobserved((), quantizer)._replace(lo=-four, hi=four, count=jnp.float32(1))

@@ -90,7 +90,8 @@ def affine_for(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affin
 def is_plain(quantizer: Quantizer) -> bool:
     """Tell whether the scale is the largest absolute value over the largest code: one reduction."""
     plain = isinstance(quantizer.format, Int) and quantizer.format.signed and quantizer.symmetric
-    return plain and quantizer.narrow and quantizer.fit is None and not quantizer.power_of_two and not quantizer.scaling
+    plain = plain and quantizer.narrow and quantizer.fit is None and not quantizer.learned
+    return plain and not quantizer.power_of_two and not quantizer.scaling
 
 
 def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxq.numbers import histogram
 from jaxq.numbers.fits import Keeping
 from jaxq.numbers.histogram import Histogram
+from jaxq.numbers.parameters import Learned, Parameters, first, first_of_axis
 
 if TYPE_CHECKING:
     from jaxq.numbers.quantizers import Quantizer
@@ -48,8 +49,28 @@ def unobserved(shape: tuple[int, ...], quantizer: Quantizer) -> Range:
     return Range(zero, zero, zero, histogram.empty(shape) if quantizer.counts else None)
 
 
-def merge(a: Range, b: Range) -> Range:
-    """Return what two observations of the same thing amount to: their hull, and all their values."""
+# What a plan keeps of an operand.
+Leaf = Range | Parameters
+
+
+def is_blank(r: Leaf) -> bool:
+    """Tell whether a range was observed in no layer, or parameters not in all; False while they are traced."""
+    if isinstance(r.count, jax.core.Tracer) or not np.size(r.count):
+        return False
+    seen = np.asarray(r.count) > 0
+    return not (np.all(seen) if isinstance(r, Parameters) else np.any(seen))
+
+
+def merge(a: Leaf, b: Leaf) -> Leaf:
+    """Return what two observations of the same thing amount to: the hull of ranges, the first of parameters."""
+    if isinstance(a, Parameters) and isinstance(b, Parameters):
+        return first(a, b)
+    assert isinstance(a, Range) and isinstance(b, Range), "observations of one operand are of one kind"
+    return hull(a, b)
+
+
+def hull(a: Range, b: Range) -> Range:
+    """Return the hull of two ranges, and all their values."""
     counts = jnp.maximum(a.count, b.count)
     return Range(jnp.minimum(a.lo, b.lo), jnp.maximum(a.hi, b.hi), counts, _together(a, b))
 
@@ -58,8 +79,10 @@ def _together(a: Range, b: Range) -> Histogram | None:
     return None if a.histogram is None or b.histogram is None else histogram.merge(a.histogram, b.histogram)
 
 
-def merge_axis(r: Range) -> Range:
+def merge_axis(r: Leaf) -> Leaf:
     """Return the hull of the observations stacked along the leading axis."""
+    if isinstance(r, Parameters):
+        return first_of_axis(r)
     seen = None if r.histogram is None else histogram.merge_axis(r.histogram)
     return Range(r.lo.min(0, initial=0), r.hi.max(0, initial=0), r.count.max(0, initial=0), seen)
 
@@ -77,7 +100,7 @@ class MinMax:
 
     def update(self, old: Range, new: Range) -> Range:
         """Return the hull of both."""
-        return merge(old, new)._replace(count=old.count + new.count)
+        return hull(old, new)._replace(count=old.count + new.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +165,13 @@ class OverflowRate:
         return Range(-hi, hi, old.count + new.count, old.histogram)
 
 
-Calibrator = MinMax | EMA | OverflowRate | Keeping
+Calibrator = MinMax | EMA | OverflowRate | Learned | Keeping
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
+def update(quantizer: Quantizer, old: Any, new: Any) -> Any:
     """Return a static range, moved by one observation as the quantizer's calibrator says; compiled once."""
-    calibrator = quantizer.calibrator
+    calibrator: Any = quantizer.calibrator
     if isinstance(calibrator, Keeping):
         return _accumulated(calibrator, quantizer, old, new)
     if isinstance(calibrator, OverflowRate):
@@ -156,7 +179,7 @@ def update(quantizer: Quantizer, old: Range, new: Range) -> Range:
     return calibrator.update(old, new)
 
 
-def combine(quantizer: Quantizer, a: Range, b: Range) -> Range:
+def combine(quantizer: Quantizer, a: Leaf, b: Leaf) -> Leaf:
     """Return what one pass over the data of both would have given; raise `ValueError` where the order matters."""
     if isinstance(quantizer.calibrator, (EMA, OverflowRate)):
         raise ValueError(

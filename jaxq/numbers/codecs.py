@@ -45,14 +45,14 @@ def encode_stochastically(quantizer: Quantizer, x: jax.Array, grid: Sequence[int
     return QArray(codes, fitted.scale, fitted.zero_point, quantizer.format, x.dtype)
 
 
-def inside(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None = None) -> jax.Array | None:
-    """Return where no value is clipped, or None where none ever is: straight-through gradients pass there."""
+def inside(quantizer: Quantizer, x: jax.Array, q: QArray, r: Range | None = None) -> jax.Array | None:
+    """Return where no value of `x` is clipped in its codes `q`, or None where none ever is: gradients pass there."""
     form = quantizer.format
     if isinstance(form, (Int, Fixed)):
         covers = r is None and isinstance(form, Int) and quantizer.fit is None
         if covers and (form.signed or not quantizer.symmetric):
             return None
-        return affine.inside(quantizer, x, _affine(quantizer, x, grid, r))
+        return affine.inside(quantizer, x, Affine(q.scale, q.zero_point))
     if r is None:
         return None
     return lax.bitwise_and(*(_beyond(x, end, sign) for end, sign in ((r.lo, -1), (r.hi, 1))))
@@ -176,15 +176,23 @@ def _nested(width: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
 
 def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
     """The nearest of k centroids that are fitted to every block, or to the histogram of a static range (k-means)."""
-    size = form.size
+    if r is None:
+        return by_table(form, x, grid, centroids(form, x, grid))
+    return by_table(form, x, grid, lax.reshape(_table_of(r, form.size), (*grid, form.size)), r)
+
+
+def centroids(form: Codebook, x: jax.Array, grid: Grid) -> jax.Array:
+    """Return the best centroids of every block of `x`, ascending: float32 [*grid, size]."""
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    table = _fitted_table(rows, size) if r is None else _table_of(r, size)
-    width = lax.reshape(_width(x, grid, r), (rows.shape[0], 1))
-    table = lax.select(
-        jnp.broadcast_to(lax.lt(width, np.float32(np.inf)), table.shape), table, lax.full_like(table, np.nan)
-    )
-    codes = blocks.from_rows(lloyd.assign(rows, table), grid, x.shape)
-    table = lax.reshape(table, (*grid, size))
+    return lax.reshape(_fitted_table(rows, form.size), (*grid, form.size))
+
+
+def by_table(form: Codebook, x: jax.Array, grid: Grid, table: jax.Array, r: Range | None = None) -> QArray:
+    """Return the codes of the nearest of ascending centroids [*grid, size]: NaN where a block is not finite."""
+    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
+    width = jnp.broadcast_to(lax.expand_dims(_width(x, grid, r), (len(grid),)), table.shape)
+    table = lax.select(lax.lt(width, np.float32(np.inf)), table, lax.full_like(table, np.nan))
+    codes = blocks.from_rows(lloyd.assign(rows, lax.reshape(table, (rows.shape[0], form.size))), grid, x.shape)
     return QArray(codes, None, None, form, x.dtype, table=table)
 
 

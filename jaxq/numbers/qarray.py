@@ -125,12 +125,12 @@ class QArray:
 
     def decode(self, dtype: Any = None) -> jax.Array:
         """Return `scale * (codes - zero_point)`, computed in float32 and cast to `dtype` (default: its own)."""
-        values = self._values()
+        values = self.values()
         if self.scale is not None:
             values = lax.mul(values, blocks.spread(self.real_scale(), self.shape))
         return as_type(values, dtype or self.dtype)
 
-    def _values(self) -> jax.Array:
+    def values(self) -> jax.Array:
         """Return what the codes stand for before the scale: float32."""
         codes = self.codes
         if isinstance(self.format, Float):

@@ -13,6 +13,7 @@ from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
 from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary
+from jaxq.numbers.parameters import Learned
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.scaling import Microscale, Scaling
 
@@ -53,11 +54,11 @@ class Quantizer:
             )
         if self.fit is not None and not isinstance(self.fit, Fit):
             raise TypeError(f"fit= takes jaxq.mse(), jaxq.percentile(99.9), jaxq.mean_abs() ..., got {self.fit!r}")
-        if self.group is not None and (self.per_tensor or self.static):
+        if self.group is not None and (self.per_tensor or (self.static and not self.learned)):
             raise ValueError("group= needs one dynamic scale per group: drop per_tensor= and calibrator=")
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise ValueError(f"group= is a positive number of indices, got {self.group!r}")
-        if self.static and not self.per_tensor:
+        if self.static and not self.learned and not self.per_tensor:
             raise ValueError("a calibrated (static) range is per tensor: add per_tensor=True, or drop calibrator=")
         self._check_format()
         self._check_calibrator()
@@ -104,8 +105,12 @@ class Quantizer:
             raise ValueError(f"entropy() tells up to 8 bits apart, {self.format} has more: use jaxq.mse()")
         if isinstance(self.calibrator, OverflowRate) and not (self.power_of_two and self.symmetric):
             raise ValueError("overflow_rate() moves powers of two: use jaxq.dynamic_fixed(bits, calibrator=...)")
-        if isinstance(self.format, Codebook) and self.static and not isinstance(self.calibrator, MinMax):
-            raise ValueError("a codebook is fitted to all that was seen: use calibrator=jaxq.minmax()")
+        if isinstance(self.format, Codebook) and self.static and not isinstance(self.calibrator, (MinMax, Learned)):
+            raise ValueError(
+                "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
+            )
+        if self.learned and not isinstance(self.format, Codebook):
+            raise ValueError(f"learned() trains the centroids of jaxq.kmeans(size), {self.format} has none")
 
     @property
     def static(self) -> bool:
@@ -113,9 +118,16 @@ class Quantizer:
         return self.calibrator is not None
 
     @property
+    def learned(self) -> bool:
+        """Whether the leaf of the plan holds parameters that are trained, in the place of a range."""
+        return isinstance(self.calibrator, Learned)
+
+    @property
     def counts(self) -> bool:
         """Whether a static range comes with a histogram of the values."""
-        return self.static and (self.calibrator.histogram or isinstance(self.format, Codebook))
+        if not self.static or self.learned:
+            return False
+        return self.calibrator.histogram or isinstance(self.format, Codebook)
 
     @property
     def integer(self) -> bool:

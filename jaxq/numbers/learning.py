@@ -1,0 +1,112 @@
+"""Quantizers whose parameters are learned: what they are for each format, and how the decoded array follows them.
+
+A format is here if it has a `Trait`: the best parameters of an array, the codes that parameters give, where nothing is
+clipped, and the derivative of the decoded array. Assignments are made anew at every call, by the parameters as they are
+then, and are constant to derivatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.numbers import codecs
+from jaxq.numbers.formats import Codebook
+from jaxq.numbers.parameters import Parameters
+from jaxq.numbers.qarray import QArray
+
+if TYPE_CHECKING:
+    from jaxq.numbers.quantizers import Quantizer
+
+Grid = tuple[int, ...]
+
+
+class Trait(NamedTuple):
+    """What a format with learned parameters can do; `value` is what `Parameters` hold for one array.
+
+    start: `(quantizer, x, grid) -> value`, the best for an array. encode: `(quantizer, x, grid, value) -> QArray`, of
+    values that are constant to derivatives. inside: `(quantizer, x, q) -> mask`, where the gradient by x passes, or
+    None for everywhere. follow: `(quantizer, x, q, change) -> dx`, how the decoded array moves when the value does,
+    linear in the change.
+    """
+
+    start: Callable[..., Any]
+    encode: Callable[..., QArray]
+    inside: Callable[..., jax.Array | None]
+    follow: Callable[..., jax.Array]
+
+
+def unobserved(stack: tuple[int, ...], quantizer: Quantizer, shape: Sequence[int], grid: Grid) -> Parameters:
+    """Return the parameters of an array of `shape` that nothing has been seen of: NumPy zeros, a count of zero."""
+    x = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    value = jax.eval_shape(lambda x: _trait(quantizer).start(quantizer, x, grid), x)
+    zeros = jax.tree.map(lambda leaf: np.zeros((*stack, *leaf.shape), np.float32), value)
+    return Parameters(zeros, np.zeros(stack, np.float32))
+
+
+def observe(quantizer: Quantizer, x: jax.Array, grid: Grid, old: Parameters) -> Parameters:
+    """Return one observation: the best parameters of an array, which are looked for only where there are none yet."""
+    x = lax.stop_gradient(x)
+
+    def start() -> Any:
+        return _trait(quantizer).start(quantizer, x, grid)
+
+    # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
+    apart = bool(getattr(jax.typeof(x), "vma", None))
+    value = (
+        start() if apart else lax.cond(jnp.asarray(old.count) > 0, lambda: jax.tree.map(jnp.asarray, old.value), start)
+    )
+    return Parameters(value, jnp.float32(0 if 0 in x.shape else 1))
+
+
+def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, parameters: Parameters) -> QArray:
+    """Return the codes of `x` by learned parameters."""
+    value = lax.stop_gradient(jax.tree.map(jnp.asarray, parameters.value))
+    return _trait(quantizer).encode(quantizer, x, grid, value)
+
+
+def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array | None:
+    """Return where the straight-through gradient by `x` passes, or None for everywhere."""
+    return _trait(quantizer).inside(quantizer, x, q)
+
+
+def follow(quantizer: Quantizer, x: jax.Array, q: QArray, change: Any) -> jax.Array:
+    """Return how `decode(q)`, the codes of `x`, moves with a change of the parameters' value: linear in it."""
+    return _trait(quantizer).follow(quantizer, x, q, change)
+
+
+def _trait(quantizer: Quantizer) -> Trait:
+    return TRAITS[type(quantizer.format)]
+
+
+# --- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def _table(quantizer: Quantizer, x: jax.Array, grid: Grid) -> jax.Array:
+    """Return the best centroids of every block, [*grid, size]."""
+    assert isinstance(quantizer.format, Codebook)
+    return codecs.centroids(quantizer.format, x, grid)
+
+
+def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -> QArray:
+    """Return the nearest centroids; they are sorted first, since training may have moved one past another."""
+    assert isinstance(quantizer.format, Codebook)
+    return codecs.by_table(quantizer.format, x, grid, jnp.sort(table, axis=-1))
+
+
+def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
+    return None
+
+
+def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, change: jax.Array) -> jax.Array:
+    """`dx_i = dc_(code of i)`: the gradient of a centroid is its cluster's sum (Han et al. 2016, section 3.3)."""
+    return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
+
+
+TRAITS: dict[type, Trait] = {Codebook: Trait(_table, _nearest, _everywhere, _moved)}

@@ -1,0 +1,84 @@
+"""Parameters of a quantizer that are trained: leaves of a plan, started from the first array they are shown.
+
+`Learned` is the calibrator that asks for them, `Parameters` the leaf. What they are for a format, and how values follow
+them, is in `learning`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Parameters(NamedTuple):
+    """What training may change of a quantizer, and how often it was observed; all leaves float32.
+
+    value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, size]); count:
+    [*stack], zero where nothing was observed. Differentiable by `value`.
+
+    >>> import jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
+    >>> policy = jaxq.weight_only(jaxq.kmeans(2, calibrator=jaxq.learned()))
+    >>> _, plan = jaxq.observe(f, policy)(params, jnp.ones((1, 3)))
+    >>> plan.range("w")[1].value.tolist()
+    [[[1.5, 9.0]]]
+    """
+
+    value: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """Parameters are leaves of the plan: the best for the first array seen, then whatever training makes of them.
+
+    >>> import jaxq
+    >>> jaxq.kmeans(16, calibrator=jaxq.learned())
+    codebook of 16 per tensor static (Learned())
+    """
+
+    histogram = False
+
+    def update(self, old: Parameters, new: Parameters) -> Parameters:
+        """Return the parameters as they were, or as they are seen now for the first time."""
+        return first(old, new)._replace(count=old.count + new.count)
+
+
+def learned() -> Learned:
+    """Make a calibrator whose parameters are trained: differentiate by the plan, `optax` over `(plan, params)`.
+
+    >>> import jax, jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
+    >>> policy, x = jaxq.weight_only(jaxq.kmeans(2, calibrator=jaxq.learned())), jnp.ones((1, 3))
+    >>> _, plan = jaxq.observe(f, policy)(params, x)
+    >>> gradient = jax.grad(lambda plan: jaxq.qat(f, plan)(params, x).sum())(plan)
+    >>> gradient.range("w")[1].value.tolist()  # the sums over what the centroids stand for
+    [[[2.0, 1.0]]]
+    """
+    return Learned()
+
+
+def first(a: Parameters, b: Parameters) -> Parameters:
+    """Return the parameters that were observed, the former of two."""
+
+    def pick(x: jax.Array, y: jax.Array) -> jax.Array:
+        seen = jnp.asarray(a.count) > 0
+        return jnp.where(seen.reshape(seen.shape + (1,) * (jnp.ndim(x) - seen.ndim)), x, y)
+
+    return Parameters(jax.tree.map(pick, a.value, b.value), jnp.maximum(a.count, b.count))
+
+
+def first_of_axis(stacked: Parameters) -> Parameters:
+    """Return the first along the leading axis that was observed; zeros where there is none."""
+    at = jnp.argmax(stacked.count > 0, axis=0) if stacked.count.shape[0] else None
+
+    def pick(x: jax.Array) -> jax.Array:
+        if at is None:
+            return jnp.zeros(x.shape[1:], x.dtype)
+        index = at.reshape(1, *at.shape, *(1,) * (x.ndim - 1 - at.ndim))
+        return jnp.take_along_axis(x, index, axis=0)[0]
+
+    return jax.tree.map(pick, stacked)

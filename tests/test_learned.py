@@ -1,0 +1,156 @@
+"""Learned quantizers: parameters are leaves of the plan, started from a weight, trained by its gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxq
+from jaxq.numbers import clustering
+
+
+def kmeans(size=4, **options):
+    return jaxq.kmeans(size, calibrator=jaxq.learned(), **options)
+
+
+def model(params, x):
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
+    return x @ params["head"]
+
+
+def weights(seed=0):
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"layers": jax.random.normal(a, (3, 8, 8)), "head": jax.random.normal(b, (8, 2))}
+
+
+POLICY = {"head": jaxq.Scheme(weight=kmeans(5), act=jaxq.int8()), "*": jaxq.weight_only(kmeans(4, group=4))}
+X = jax.random.normal(jax.random.key(9), (6, 8))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return jaxq.observe(model, POLICY)(weights(), X)[1]
+
+
+def test_parameters_start_as_the_optimum_of_each_layer_and_block(plan):
+    layers, head = plan.range("layers")[1], plan.range("head")[1]
+    assert layers.value.shape == (3, 2, 8, 4) and layers.count.tolist() == [1, 1, 1]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(plan)} == {"float32"}
+    for w, table in zip(weights()["layers"], layers.value, strict=True):
+        want = np.sort(np.asarray(w).reshape(2, 4, 8).transpose(0, 2, 1), axis=-1)  # four centroids for four values
+        np.testing.assert_allclose(table, want, rtol=1e-6)
+    best = clustering.optimal(weights()["head"], 5)
+    np.testing.assert_allclose(head.value.ravel(), best, rtol=1e-6)
+
+
+def test_a_second_observation_changes_nothing_but_the_count(plan):
+    again = jaxq.observe(model, plan, quantized=True)(weights(1), X)[1]
+    for old, new in zip(plan.ranges, again.ranges, strict=True):
+        np.testing.assert_array_equal(old[1].value, new[1].value)
+        np.testing.assert_array_equal(old[1].count + 1, new[1].count)
+
+
+def test_training_equals_serving_after_training_and_in_json(plan):
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.sin(10 * leaf), plan)  # some centroids pass one another
+    moved = jaxq.Plan.from_json(moved.to_json())
+    converted = jaxq.convert(model, moved)(weights(), X)
+    trained = jax.jit(jaxq.qat(model, moved))(weights(), X)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(model, moved))(converted, X), trained)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(model, moved))(weights(), X), trained)
+    head = np.sort(moved.range("head")[1].value.ravel())
+    np.testing.assert_array_equal(np.unique(converted["head"].decode()), head)
+
+
+def test_the_gradient_of_a_centroid_is_the_sum_over_its_cluster(plan):
+    def loss(plan, params):
+        return jnp.sum(jnp.sin(jaxq.qat(model, plan)(params, X)))
+
+    by_plan, by_params = jax.jit(jax.grad(loss, argnums=(0, 1)))(plan, weights())
+    codes = jaxq.convert(model, plan)(weights(), X)["head"].codes
+    want = [np.sum(np.asarray(by_params["head"], np.float64), where=np.asarray(codes) == j) for j in range(5)]
+    np.testing.assert_allclose(by_plan.range("head")[1].value.ravel(), want, rtol=1e-5)
+    assert float(by_plan.range("head")[1].count) == 0
+    layers = np.asarray(by_params["layers"]).reshape(3, 2, 4, 8).transpose(0, 1, 3, 2)
+    order = np.argsort(np.asarray(weights()["layers"]).reshape(3, 2, 4, 8).transpose(0, 1, 3, 2), axis=-1)
+    sums = np.take_along_axis(layers, order, axis=-1)
+    np.testing.assert_allclose(by_plan.range("layers")[1].value, sums, rtol=1e-5, atol=1e-7)
+
+
+def test_forward_and_second_derivatives_by_the_plan(plan):
+    def loss(value):
+        (layers, head), (none, table) = plan.ranges
+        moved = jaxq.Plan(plan.decisions, ((layers, head), (none, table._replace(value=value))))
+        return jnp.sum(jaxq.qat(model, moved)(weights(), X) ** 2)
+
+    value = plan.range("head")[1].value
+    change = jnp.full_like(value, 0.5)
+    # Dots of decoded float32: quadratic in the table as long as no assignment changes, but for rounding.
+    slope = jax.jvp(loss, (value,), (change,))[1]
+    np.testing.assert_allclose(slope, jnp.sum(jax.grad(loss)(value) * change), rtol=1e-4)
+    bend = jax.jvp(jax.grad(loss), (value,), (change,))[1]
+    step = 1e-2
+    numeric = (jax.grad(loss)(value + step * change) - jax.grad(loss)(value - step * change)) / (2 * step)
+    np.testing.assert_allclose(bend, numeric, rtol=2e-2, atol=1e-2)
+
+
+def test_training_plan_and_parameters_lowers_the_loss(plan):
+    target = model(weights(), X)
+    optimizer = optax.adam(1e-2)
+
+    def loss(pair):
+        return jnp.mean((jaxq.qat(model, pair[0])(pair[1], X) - target) ** 2)
+
+    @jax.jit
+    def step(pair, state):
+        value, gradient = jax.value_and_grad(loss)(pair)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(pair, updates), state, value
+
+    pair, state, losses = (plan, weights()), optimizer.init((plan, weights())), []
+    for _ in range(40):
+        pair, state, value = step(pair, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.3 * losses[0]
+    np.testing.assert_array_equal(pair[0].range("head")[1].count, 1)
+
+
+def test_learned_codebooks_of_activations(plan):
+    def f(params, x):
+        return jnp.tanh(x) @ params["w"]
+
+    params = {"w": weights()["head"]}
+    scheme = jaxq.Scheme(weight=jaxq.int8(), act=kmeans(8))
+    plan = jaxq.calibrate(f, scheme, progress=False)(params, [X, 2 * X])
+    np.testing.assert_allclose(plan.range("w")[0].value.ravel(), clustering.optimal(np.tanh(X), 8), rtol=1e-6)
+    gradient = jax.grad(lambda plan: jnp.sum(jaxq.qat(f, plan)(params, X)))(plan).range("w")[0].value
+    dequantized = jaxq.int8()(params["w"]).decode().sum(axis=1)
+    np.testing.assert_allclose(gradient.sum(), len(X) * dequantized.sum(), rtol=1e-5)
+
+
+def test_what_was_not_observed_is_named(plan):
+    blank = jaxq.make_plan(model, POLICY)(weights(), X)
+    for verb in (jaxq.qat, jaxq.quantize, jaxq.convert):
+        with pytest.raises(ValueError, match=r"layers, head.*calibrate"):
+            verb(model, blank)(weights(), X)
+    broken = weights() | {"head": weights()["head"].at[0, 0].set(jnp.nan)}
+    assert np.isnan(jaxq.qat(model, plan)(broken, X)).all()
+    with pytest.raises(ValueError, match="layers has no observed range"):
+        blank.check(observed=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jaxq.float8(calibrator=jaxq.learned()),
+        lambda: jaxq.int8(calibrator=jaxq.learned()),
+        lambda: jaxq.Scheme(act=kmeans(4, per_tensor=False)),
+        lambda: jaxq.Scheme(act=kmeans(4, group=4)),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(make):
+    with pytest.raises(ValueError, match="learned|groups|group"):
+        make()
