@@ -93,6 +93,7 @@ from jaxq.numbers.rounding import Floor as Floor
 from jaxq.numbers.rounding import NearestAway as NearestAway
 from jaxq.numbers.rounding import NearestEven as NearestEven
 from jaxq.numbers.rounding import Saturate as Saturate
+from jaxq.numbers.rounding import Stochastic as Stochastic
 from jaxq.numbers.rounding import TowardZero as TowardZero
 from jaxq.numbers.rounding import Wrap as Wrap
 from jaxq.numbers.rounding import stochastic as stochastic

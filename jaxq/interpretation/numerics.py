@@ -46,11 +46,16 @@ class Task:
         return "weight" if number == self.weight else "act"
 
 
-def to_codes(task: Task, number: int, x: jax.Array, r: Leaf | None) -> QArray:
-    """Quantize an operand by learned parameters, by its static range, or by its own where there is none."""
+def to_codes(task: Task, number: int, x: jax.Array, r: Leaf | None, key: jax.Array | None = None) -> QArray:
+    """Quantize an operand by learned parameters, by its static range, or by its own where there is none.
+
+    key: for a quantizer that rounds stochastically, which without one rounds to nearest.
+    """
     quantizer, grid = task.quantizers[number], _grid(task, number, x)
     if isinstance(r, Parameters):
         return learning.encode(quantizer, x, grid, r)
+    if key is not None and quantizer.stochastic:
+        return codecs.encode_stochastically(quantizer, x, grid, key, _fixed(quantizer, r, grid))
     return codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid))
 
 
@@ -72,13 +77,13 @@ def weight_codes(task: Task, w: jax.Array, r: Leaf | None) -> QArray:
     return _settled(task, _raw_weight_codes(task, w, hide(r)))
 
 
-def _raw_weight_codes(task: Task, w: jax.Array, r: Leaf | None) -> QArray:
+def _raw_weight_codes(task: Task, w: jax.Array, r: Leaf | None, key: jax.Array | None = None) -> QArray:
     """Return the codes of a weight operand, with a scale still to be settled where it is one reduction."""
     quantizer, w = task.quantizers[task.weight], hide(w)
     if not is_plain(quantizer):
-        return to_codes(task, task.weight, w, r)
+        return to_codes(task, task.weight, w, r, key)
     raw = raw_scale(quantizer, w, _grid(task, task.weight, w))
-    codes = encode(quantizer, w, Affine(settle(quantizer, raw), None))
+    codes = encode(quantizer, w, Affine(settle(quantizer, raw), None), key if quantizer.stochastic else None)
     return QArray(codes, raw, None, quantizer.format, w.dtype)
 
 
@@ -92,16 +97,22 @@ def _settled(task: Task, q: QArray) -> QArray:
 def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.Array | None = None) -> jax.Array:
     """Run one site. operands: arrays or, for a converted weight, a QArray; ranges: per operand or None.
 
-    key: rounds what comes back through `task.backward` stochastically.
+    key: rounds stochastically what comes back through `task.backward`, and operands whose quantizers say so.
     """
     ranges = hide(ranges)
-    coded = tuple(_coded(task, n, x, ranges[n]) for n, x in enumerate(operands))
+    keys = _keys(key, len(operands))
+    coded = tuple(_coded(task, n, x, ranges[n], keys[n]) for n, x in enumerate(operands))
     if task.backward is not None and not any(isinstance(x, QArray) for x in operands):
         return _trained(task, operands, coded, ranges, rest, key)
     return _product(task, operands, coded, ranges, rest)
 
 
-def _coded(task: Task, number: int, x, r: Leaf | None) -> QArray | None:
+def _keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Return a key for each operand, other than those that the backward pass splits the same key into."""
+    return [None] * count if key is None else list(jax.random.split(jax.random.fold_in(key, 2**31), count))
+
+
+def _coded(task: Task, number: int, x, r: Leaf | None, key: jax.Array | None) -> QArray | None:
     """Return an operand's codes; None where it stays float."""
     if isinstance(x, QArray):
         settled = _settled(task, hide(x))
@@ -110,8 +121,8 @@ def _coded(task: Task, number: int, x, r: Leaf | None) -> QArray | None:
         return None
     x = lax.stop_gradient(x)
     if number == task.weight:
-        return _settled(task, hide(_raw_weight_codes(task, x, r))).plain()
-    return to_codes(task, number, x, r).plain()
+        return _settled(task, hide(_raw_weight_codes(task, x, r, key))).plain()
+    return to_codes(task, number, x, r, key).plain()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -38,6 +38,7 @@ class Spec(NamedTuple):
     watch: str  # "", "float" or "quantized": whether ranges are observed, and in which program
     policy: Static
     blank: frozenset[str]  # sites of the plan whose static ranges have seen no data
+    noiseless: bool  # whether it trains without a key, which is an error where something is rounded stochastically
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -53,6 +54,8 @@ def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | N
         if not spec.watch:
             whole = isinstance(policy, Plan)
             check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
+        if spec.noiseless:
+            _check_key(program)
         result, seen = _interpret(program, layout, leaves, spec.watch, key)
     names = {item.path: item.site.name for item in program.analysis.located}
     return result, {names[path]: value for path, value in seen.items()}
@@ -125,15 +128,27 @@ def _without_owner(alive: weakref.ref, method: Callable | None) -> Callable:
     return call
 
 
-def _call(runner, policy, argnums, args, kwargs, *, watch="", key=None):
+def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=None):
     layout, leaves = take_apart(args, kwargs, argnums)
     if isinstance(policy, Plan):
         static, ranges, blank = Static(_Decided(policy.decisions)), policy.ranges, frozenset(policy.unobserved())
     else:
         static, ranges, blank = Static(policy), (), frozenset()
-    (out, changed), seen = runner(Spec(Static(layout), watch, static, blank), ranges, leaves, key)
+    (out, changed), seen = runner(
+        Spec(Static(layout), watch, static, blank, trains and key is None), ranges, leaves, key
+    )
     modules.write_back((args, kwargs), changed)
     return out, seen
+
+
+def _check_key(program: Program) -> None:
+    """Raise where a site would round stochastically."""
+    noisy = [d.site.name for d in program.decisions if any(q is not None and q.stochastic for q in d.quantizers)]
+    if noisy:
+        raise ValueError(
+            f"these sites round stochastically, by a key that is not there: {', '.join(noisy)}; "
+            "train with jaxq.qat(f, policy, key=key), a new key for every step"
+        )
 
 
 def check_observed(program: Program, blank: Collection[str]) -> None:
@@ -187,9 +202,10 @@ def qat(
     The forward pass runs the integer kernels that `quantize` runs. The backward pass multiplies *dequantized* operands
     in float and lets gradients through where the rounded value was inside its range; with `Scheme(grad=)` it multiplies
     integers. policy: a policy or a `Plan`; also `@jaxq.qat(policy=...)`. key: rounds gradients stochastically, so that
-    they are unbiased; take a new one for every step. Arrays in the arguments are traced, everything else is static.
-    Raises `ValueError` for a plan with unobserved static ranges or of another program, `TypeError` for converted
-    parameters.
+    they are unbiased, and operands with `rounding=Stochastic()`, which have to have one; each site and iteration of a
+    loop by its own, folded from it. Take a new one for every step. Arrays in the arguments are traced, everything else
+    is static. Raises `ValueError` for a plan with unobserved static ranges or of another program, `TypeError` for
+    converted parameters.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> @jaxq.qat(policy=jaxq.w8a8())
@@ -207,7 +223,8 @@ def quantize(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argn
     """Return `f` in low precision: same signature, takes float parameters or those of `convert`.
 
     Integer dots and convolutions wherever weights and activations are quantized; decoded weights where only they are.
-    Straight-through towards float leaves (adapters on a quantized base); a gradient by a `QArray` raises. Raises
+    Straight-through towards float leaves (adapters on a quantized base); a gradient by a `QArray` raises. Rounds to
+    nearest what training rounds stochastically. Raises
     `ValueError` for parameters converted with another plan or for another function.
 
     >>> import jax, jax.numpy as jnp, jaxq
@@ -233,7 +250,7 @@ def _wrap(f: Callable, policy: Policy | Plan, argnums: Argnums, *, trains: bool,
     def wrapped(*args, **kwargs):
         if trains and any(is_converted(leaf) for leaf in jax.tree.leaves((args, kwargs), is_leaf=is_converted)):
             raise TypeError("jaxq.qat trains float parameters, and these are converted: use jaxq.quantize")
-        return _call(runner, policy, argnums, args, kwargs, key=key)[0]
+        return _call(runner, policy, argnums, args, kwargs, trains=trains, key=key)[0]
 
     return wrapped
 
@@ -265,7 +282,7 @@ def observe(
     def observed(*args, **kwargs) -> tuple[Any, Plan]:
         plan = policy if isinstance(policy, Plan) else make_plan(f, policy, argnums=argnums)(*args, **kwargs)
         watch = "quantized" if quantized else "float"
-        out, seen = _call(runner, plan, argnums, args, kwargs, watch=watch, key=key)
+        out, seen = _call(runner, plan, argnums, args, kwargs, watch=watch, trains=quantized, key=key)
         return out, updated(plan, seen)
 
     return observed

@@ -33,14 +33,16 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | N
     return ENCODERS[type(quantizer.format)](quantizer.format, quantizer, x, tuple(grid), r)
 
 
-def encode_stochastically(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], key: jax.Array) -> QArray:
+def encode_stochastically(
+    quantizer: Quantizer, x: jax.Array, grid: Sequence[int], key: jax.Array, r: Range | None = None
+) -> QArray:
     """Return integer codes rounded up with the probability of the fraction: unbiased where nothing is clipped.
 
     Raises `TypeError` for formats that are not integers or fixed point.
     """
     if not isinstance(quantizer.format, (Int, Fixed)) or quantizer.scaling is not None:
         raise TypeError(f"integers and fixed point are rounded stochastically, {quantizer!r} is not: drop key=")
-    fitted = _affine(quantizer, x, grid, None)
+    fitted = _affine(quantizer, x, grid, r)
     codes = affine.encode(quantizer, x, fitted, key)
     return QArray(codes, fitted.scale, fitted.zero_point, quantizer.format, x.dtype)
 

@@ -15,6 +15,7 @@ from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary
 from jaxq.numbers.parameters import Learned
 from jaxq.numbers.qarray import QArray
+from jaxq.numbers.rounding import NearestEven, Stochastic
 from jaxq.numbers.scaling import Microscale, Scaling
 
 
@@ -28,7 +29,7 @@ class Quantizer:
     calibrator: None takes the range from the array itself on every call (dynamic); otherwise the range is a leaf of the
     plan, filled by `observe` / `calibrate` (static). fit: how a dynamic range is chosen; None covers all values.
     power_of_two: scales are rounded up to powers of two, so that rescaling is a shift. scaling: how scales themselves
-    are stored (see `scaling`).
+    are stored (see `scaling`). rounding: of integers, to nearest or `Stochastic()`; `Fixed` has one of its own.
 
     >>> import jaxq
     >>> jaxq.int8(), jaxq.int4(group=128), jaxq.uint8(per_tensor=True)
@@ -44,6 +45,7 @@ class Quantizer:
     narrow: bool = True
     power_of_two: bool = False
     scaling: Scaling | None = None
+    rounding: NearestEven | Stochastic = NearestEven()
 
     def __post_init__(self):
         if not isinstance(self.format, Format):
@@ -71,6 +73,10 @@ class Quantizer:
             raise ValueError(f"only integers have zero points: drop symmetric=False for {form}")
         if not integer and (self.fit is not None or self.power_of_two or not self.narrow):
             raise ValueError(f"fit=, power_of_two= and narrow= are options of integers: drop them for {form}")
+        if not isinstance(self.rounding, (NearestEven, Stochastic)):
+            raise TypeError(f"rounding= of integers is NearestEven() or Stochastic(), got {self.rounding!r}")
+        if isinstance(self.rounding, Stochastic) and (not integer or self.scaling is not None):
+            raise ValueError(f"rounding= is an option of integers: drop it for {form}, or see jaxq.Fixed")
         if isinstance(self.fit, MeanAbs) and not self.symmetric:
             raise ValueError("mean_abs() is a scale without a zero point: drop symmetric=False")
         if self.fit is not None and self.static:
@@ -116,6 +122,12 @@ class Quantizer:
     def static(self) -> bool:
         """Whether the range is a leaf of the plan."""
         return self.calibrator is not None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training rounds by a key."""
+        own = self.format.rounding if isinstance(self.format, Fixed) else self.rounding
+        return isinstance(own, Stochastic)
 
     @property
     def learned(self) -> bool:
@@ -175,6 +187,7 @@ class Quantizer:
         words += [] if self.narrow else ["full range"]
         words += ["power of two"] if self.power_of_two else []
         words += [str(self.scaling)] if self.scaling else []
+        words += ["rounded stochastically"] if self.stochastic else []
         return " ".join(words)
 
 

@@ -82,7 +82,24 @@ class TowardZero:
         return lax.sign(x) * lax.floor(lax.abs(x))
 
 
-Rounding = NearestEven | NearestAway | Floor | TowardZero
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+    """Round up with the probability of the fraction, by the key of `jaxq.qat`: unbiased. Without a key, to nearest.
+
+    Training takes a new key for every step; serving has none. See `stochastic`. Gupta et al. 2015.
+
+    >>> import jax, jax.numpy as jnp, jaxq
+    >>> policy = jaxq.weight_only(jaxq.fixed(8, 0, rounding=jaxq.Stochastic()))
+    >>> f, w = (lambda w, x: x @ w), jnp.full((1, 50), 2.25)
+    >>> sorted(set(jaxq.qat(f, policy, key=jax.random.key(0))(w, jnp.ones((1, 1)))[0].tolist()))
+    [2.0, 3.0]
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return NearestEven()(x)
+
+
+Rounding = NearestEven | NearestAway | Floor | TowardZero | Stochastic
 
 
 def stochastic(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ TYPES: dict[str, type] = {
         rounding.NearestAway,
         rounding.Floor,
         rounding.TowardZero,
+        rounding.Stochastic,
         rounding.Saturate,
         rounding.Wrap,
     )
