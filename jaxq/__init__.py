@@ -31,7 +31,7 @@ from jaxq.io.errors import FileError as FileError
 from jaxq.io.export import Artifact as Artifact
 from jaxq.io.export import export as export
 from jaxq.measure.explain import explain as explain
-from jaxq.measure.report import Explanation as Explanation
+from jaxq.measure.explanation import Explanation as Explanation
 from jaxq.measure.tune import tune as tune
 from jaxq.numbers.calibrators import EMA as EMA
 from jaxq.numbers.calibrators import MinMax as MinMax

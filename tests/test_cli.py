@@ -132,3 +132,17 @@ def test_it_runs_as_a_program_and_bears_a_closed_pipe(files):
     with program.stderr as stream:
         assert stream.read() == b""
     assert program.wait() == 0
+
+
+def test_report_shows_what_a_model_costs(files, capsys, tmp_path):
+    code, printed = called(capsys, "report", files / "model", "--html", tmp_path / "page.html")
+    assert code == 0 and not printed.err and "up" in printed.out
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    code, printed = called(capsys, "report", files / "sharded", "--json")
+    assert code == 0 and json.loads(printed.out)["sites"][0]["name"] == "up"
+
+
+def test_report_says_what_it_cannot_read_or_write(files, capsys, tmp_path):
+    for words in (["report", files / "export"], ["report", files / "model", "--html", tmp_path / "no" / "page.html"]):
+        code, printed = called(capsys, *words)
+        assert code == 2 and printed.out == "" and printed.err.startswith(str(words[-1]))

@@ -12,7 +12,7 @@ import jaxq
 from inspection import assert_bitwise
 from jaxq.measure import timing
 from jaxq.measure.cost import Cost
-from jaxq.measure.report import Explanation, Line
+from jaxq.measure.explanation import Explanation, Line
 
 W8A8, STATIC = jaxq.w8a8(), jaxq.w8a8(static=True)
 POLICY = {"head": None, "table": jaxq.weight_only(), "down": jaxq.weight_only(jaxq.int4()), "*": W8A8}

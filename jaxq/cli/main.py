@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxq.cli import diff, inspect
+from jaxq.cli import diff, inspect, report
 from jaxq.cli.command import Answer, Command
 from jaxq.io.errors import FileError
 
-COMMANDS: tuple[Command, ...] = (inspect.COMMAND, diff.COMMAND)
+COMMANDS: tuple[Command, ...] = (inspect.COMMAND, diff.COMMAND, report.COMMAND)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from jaxq.interpretation.transforms import DEFAULT, quantize
 from jaxq.lowering import forms, nibbles
 from jaxq.measure import alone
 from jaxq.measure.cost import Cost, costs
-from jaxq.measure.report import Explanation, Line
+from jaxq.measure.explanation import Explanation, Line
 from jaxq.numbers.qarray import is_converted
 from jaxq.programs.ops import Dot
 from jaxq.programs.sites import Located

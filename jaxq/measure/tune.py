@@ -14,7 +14,7 @@ from jaxq.interpretation.transforms import DEFAULT
 from jaxq.measure import alone
 from jaxq.measure.cost import costs
 from jaxq.measure.explain import loaded
-from jaxq.measure.report import speed_up
+from jaxq.measure.explanation import speed_up
 from jaxq.programs.sites import Located
 
 # Within this, slower is noise.
