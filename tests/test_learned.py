@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import special
 
 import jaxq
-from jaxq.numbers import clustering
+from jaxq.numbers import clustering, learning
+from jaxq.numbers.formats import Int
+from jaxq.numbers.parameters import Parameters
 
 
 def kmeans(size=4, **options):
@@ -146,7 +149,7 @@ def test_what_was_not_observed_is_named(plan):
     "make",
     [
         lambda: jaxq.float8(calibrator=jaxq.learned()),
-        lambda: jaxq.int8(calibrator=jaxq.learned()),
+        lambda: jaxq.Quantizer(Int(8), group=32, scaling=jaxq.mxint8().scaling, calibrator=jaxq.learned()),
         lambda: jaxq.Scheme(act=kmeans(4, per_tensor=False)),
         lambda: jaxq.Scheme(act=kmeans(4, group=4)),
     ],
@@ -154,3 +157,107 @@ def test_what_was_not_observed_is_named(plan):
 def test_what_cannot_be_learned_is_refused(make):
     with pytest.raises(ValueError, match="learned|groups|group"):
         make()
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+# Where LSQ's estimate of the gradient of the squared error is zero, on N(0, 1): not where the error is least.
+ROOTS = {(2, True): 1.0979, (3, True): 0.6109, (4, True): 0.3402, (5, True): 0.1891, (8, True): 0.03077}
+ROOTS |= {(2, False): 1.3039, (3, False): 0.6623, (4, False): 0.3552, (5, False): 0.1935, (8, False): 0.03087}
+
+
+@pytest.mark.parametrize("bits, full", ROOTS)
+def test_steps_come_to_rest_where_lsq_does(bits, full):
+    q = jaxq.Quantizer(Int(bits), per_tensor=True, narrow=not full, calibrator=jaxq.learned())
+    x = jnp.asarray(special.ndtri((np.arange(10**6) + 0.5) / 10**6), jnp.float32)[None]
+
+    def slope(step):
+        parameters = Parameters(jnp.reshape(step, (1, 1)), jnp.float32(1))
+        codes = learning.encode(q, x, (1, 1), parameters)
+        return jnp.sum((codes.decode() - x) * learning.follow(q, x, codes, parameters, jnp.ones((1, 1))))
+
+    assert slope(0.995 * ROOTS[bits, full]) < 0 < slope(1.005 * ROOTS[bits, full])
+
+
+STEPS = {
+    "signed": dict(format=Int(4)),
+    "full range": dict(format=Int(3), narrow=False),
+    "unsigned": dict(format=Int(4, signed=False)),
+    "zero point": dict(format=Int(4, signed=False), symmetric=False),
+    "power of two": dict(format=Int(4), power_of_two=True),
+}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", STEPS)
+def test_arrays_follow_their_steps_by_the_formula(name, sign):
+    """Against the equations in float64 NumPy, for every channel, also where a step has become negative."""
+    q = jaxq.Quantizer(**STEPS[name], calibrator=jaxq.learned())
+    rng, (low, high) = np.random.default_rng(0), jaxq.Quantizer(**STEPS[name]).bounds()
+    x, step = rng.normal(size=(40, 3)).astype(np.float32), np.array([[0.11, 0.2, 0.35]], np.float32)
+    lowest = np.array([[-1.0, -0.75, -0.3]], np.float32)
+    used = 2.0 ** np.ceil(np.log2(step)) if q.power_of_two else step.astype(np.float64)
+    zero = 0 if q.symmetric else np.clip(np.round(low - lowest / used), low, high)
+    codes = np.round(x / used) + zero
+    inside, clipped = (codes >= low) & (codes <= high), np.clip(codes, low, high)
+    base = zero if q.symmetric else low
+    within = (x / used >= low - zero) & (x / used <= high - zero)
+    by_step = np.where(within, clipped - zero - x / used, clipped - base) * (used / (sign * step))
+    share = 1 / np.sqrt(40 * (high if q.symmetric else high - low))
+    value = jnp.asarray(sign * step) if q.symmetric else (jnp.asarray(sign * step), jnp.asarray(lowest))
+    parameters = Parameters(value, jnp.float32(1))
+    got = learning.encode(q, jnp.asarray(x), (1, 3), parameters)
+    np.testing.assert_array_equal(got.codes, clipped)
+    np.testing.assert_allclose(got.scale, used, rtol=1e-6)
+    ones, zeros = jnp.ones((1, 3)), jnp.zeros((1, 3))
+    change = ones if q.symmetric else (ones, zeros)
+    np.testing.assert_allclose(
+        learning.follow(q, jnp.asarray(x), got, parameters, change), share * by_step, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(learning.inside(q, jnp.asarray(x), got), inside)
+    if not q.symmetric:
+        moved = learning.follow(q, jnp.asarray(x), got, parameters, (zeros, ones))
+        np.testing.assert_allclose(moved, share * ~within, rtol=1e-6)
+
+
+def test_steps_train_with_the_weights_and_serve_what_they_trained():
+    """4-bit weights and activations, in a scan too; steps that a large rate throws below zero stay positive in use."""
+    act = jaxq.Quantizer(Int(4), per_tensor=True, calibrator=jaxq.learned())
+    policy = {
+        "head": jaxq.Scheme(weight=jaxq.int4(calibrator=jaxq.learned()), act=jaxq.int8()),
+        "*": jaxq.Scheme(weight=jaxq.int4(calibrator=jaxq.learned()), act=act),
+    }
+    plan = jaxq.calibrate(model, policy, progress=False)(weights(), [X, 2 * X])
+    assert plan.range("layers")[1].value.shape == (3, 1, 8) and plan.range("layers")[0].value.shape == (3, 1, 1)
+    target, optimizer = model(weights(), X), optax.adam(3e-2)
+
+    def loss(pair):
+        return jnp.mean((jaxq.qat(model, pair[0])(pair[1], X) - target) ** 2)
+
+    @jax.jit
+    def step(pair, state):
+        value, gradient = jax.value_and_grad(loss)(pair)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(pair, updates), state, value
+
+    pair, state, losses = (plan, weights()), optimizer.init((plan, weights())), []
+    for _ in range(60):
+        pair, state, value = step(pair, state)
+        losses.append(float(value))
+    assert min(losses) < 0.3 * losses[0]
+    plan, params = pair
+    negative = jax.tree.map(lambda leaf: -leaf, plan.range("head")[1].value)
+    (layers, head) = plan.ranges
+    flipped = jaxq.Plan(plan.decisions, (layers, (head[0], head[1]._replace(value=negative))))
+    trained = jax.jit(jaxq.qat(model, plan))(params, X)
+    for same in (plan, flipped):
+        converted = jaxq.convert(model, same)(params, X)
+        np.testing.assert_array_equal(jax.jit(jaxq.quantize(model, same))(converted, X), trained)
+
+
+def test_nan_shows_in_arrays_with_learned_steps():
+    act = jaxq.int8(per_tensor=True, calibrator=jaxq.learned())
+    f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
+    plan = jaxq.calibrate(f, jaxq.Scheme(weight=jaxq.int8(), act=act), progress=False)(params, [jnp.eye(4)])
+    assert np.isnan(jaxq.qat(f, plan)(params, jnp.full((2, 4), jnp.nan))).all()
+    assert np.isfinite(jaxq.qat(f, plan)(params, jnp.full((2, 4), 1e30))).all()

@@ -171,7 +171,7 @@ def _product_jvp(task: Task, primals, tangents):
             continue
         steps = [] if isinstance(dx, SymbolicZero) else [_through(task.quantizers[n], x, coded[n], ranges[n], dx)]
         if isinstance(dr, Parameters) and not _is_still(dr.value):
-            steps.append(learning.follow(task.quantizers[n], x, coded[n], _made(dr.value)))
+            steps.append(learning.follow(task.quantizers[n], x, coded[n], ranges[n], _made(dr.value)))
         terms += [_linear(task.op, *smooth[:n], step, *smooth[n + 1 :], *rest) for step in steps]
     return out, functools.reduce(lax.add, terms) if terms else lax.full_like(out, 0)
 
@@ -254,7 +254,7 @@ def _imitation_jvp(quantizer, primals, tangents):
     x, q, r = primals
     step = _through(quantizer, x, q, r, tangents[0])
     if isinstance(r, Parameters):
-        step = lax.add(step, learning.follow(quantizer, x, q, tangents[2].value))
+        step = lax.add(step, learning.follow(quantizer, x, q, r, tangents[2].value))
     return _imitation(quantizer, *primals), step
 
 

@@ -69,12 +69,19 @@ def affine_of(quantizer: Quantizer, r: Range) -> Affine:
         if low:
             # In units of `high`: the full range of two's complement has one step more below than above.
             width = lax.max(lax.mul(lax.neg(r.lo), np.float32(high / -low)), r.hi)
-        return Affine(_power_of_two(quantizer, step(width, high)), None)
+        return Affine(rounded_up(quantizer, step(width, high)), None)
     # Half of the width first: the whole may not fit in float32.
     half = lax.mul(r.hi, np.float32(0.5)) - lax.mul(r.lo, np.float32(0.5))
-    scale = _power_of_two(quantizer, step(half, 0.5 * (high - low)))
-    zero = lax.clamp(np.float32(low), _round(np.float32(low) - lax.div(r.lo, scale)), np.float32(high))
-    return Affine(scale, lax.convert_element_type(zero, quantizer.format.storage))
+    scale = rounded_up(quantizer, step(half, 0.5 * (high - low)))
+    return Affine(scale, zero_point_of(quantizer, r.lo, scale))
+
+
+def zero_point_of(quantizer: Quantizer, lowest: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return the code of zero where the lowest code stands for `lowest`, in the codes' type."""
+    low, high = (np.float32(end) for end in quantizer.bounds())
+    return lax.convert_element_type(
+        lax.clamp(low, _round(low - lax.div(lowest, scale)), high), quantizer.format.storage
+    )
 
 
 def affine_for(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
@@ -113,7 +120,7 @@ def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
         lo, hi = lax.map(lambda row: quantizer.fit.keep(quantizer, histogram.of(row)), rows, batch_size=16)
         kept = Range(lax.reshape(lo, grid), lax.reshape(hi, grid), r.count)
         return _guarded(r, affine_of(quantizer, kept))
-    return _guarded(r, Affine(_power_of_two(quantizer, lax.max(lax.reshape(scale, grid), TINY)), zero))
+    return _guarded(r, Affine(rounded_up(quantizer, lax.max(lax.reshape(scale, grid), TINY)), zero))
 
 
 def _guarded(r: Range, affine: Affine) -> Affine:
@@ -123,7 +130,7 @@ def _guarded(r: Range, affine: Affine) -> Affine:
     return Affine(lax.select(lax.eq(width, np.float32(np.inf)), lax.full_like(width, np.nan), scale), affine.zero_point)
 
 
-def _power_of_two(quantizer: Quantizer, scale: jax.Array) -> jax.Array:
+def rounded_up(quantizer: Quantizer, scale: jax.Array) -> jax.Array:
     """Return the scale, rounded up to a power of two if the quantizer wants that; exact, by its bits."""
     if not quantizer.power_of_two:
         return scale

@@ -72,7 +72,7 @@ def _beyond(x: jax.Array, end: jax.Array, sign: int) -> jax.Array:
 
 def _affine(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | None) -> Affine:
     if isinstance(quantizer.format, Fixed):
-        return Affine(_constant(x, grid, quantizer.format.scale), None)
+        return Affine(constant(x, grid, quantizer.format.scale), None)
     return affine.affine_for(quantizer, x, grid) if r is None else affine.affine_of(quantizer, r)
 
 
@@ -86,7 +86,7 @@ def _integers(form: Int | Fixed, quantizer: Quantizer, x: jax.Array, grid: Grid,
     return QArray(affine.encode(quantizer, x, fitted), fitted.scale, fitted.zero_point, form, x.dtype)
 
 
-def _constant(x: jax.Array, grid: Sequence[int], scale: float) -> jax.Array:
+def constant(x: jax.Array, grid: Sequence[int], scale: float) -> jax.Array:
     """Return a constant scale, NaN where a block holds NaN or infinity: codes do not show it."""
     bad = lax.convert_element_type(lax.bitwise_not(lax.is_finite(x)), jnp.float32)
     bad = blocks.collapse(bad, grid, lax.reduce_max)
@@ -127,7 +127,7 @@ def _ones(x: jax.Array, value: int) -> jax.Array:
 def _floats(form: Float, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
     """Numbers of few bits: 16 bits as they are; fewer scaled so that the range's end is the largest number."""
     if form.bits == 16:
-        return QArray(floats.encode(form, x), _constant(x, (1,) * x.ndim, 1.0), None, form, x.dtype)
+        return QArray(floats.encode(form, x), constant(x, (1,) * x.ndim, 1.0), None, form, x.dtype)
     return _scaled(quantizer, x, grid, r, form.largest, lambda v: floats.encode(form, v))
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import codecs
-from jaxq.numbers.formats import Codebook
+from jaxq.numbers import codecs, steps
+from jaxq.numbers.formats import Codebook, Int
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 
@@ -32,8 +32,8 @@ class Trait(NamedTuple):
 
     start: `(quantizer, x, grid) -> value`, the best for an array. encode: `(quantizer, x, grid, value) -> QArray`, of
     values that are constant to derivatives. inside: `(quantizer, x, q) -> mask`, where the gradient by x passes, or
-    None for everywhere. follow: `(quantizer, x, q, change) -> dx`, how the decoded array moves when the value does,
-    linear in the change.
+    None for everywhere. follow: `(quantizer, x, q, value, change) -> dx`, how the decoded array moves when the value
+    does, linear in the change.
     """
 
     start: Callable[..., Any]
@@ -76,9 +76,10 @@ def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array | None:
     return _trait(quantizer).inside(quantizer, x, q)
 
 
-def follow(quantizer: Quantizer, x: jax.Array, q: QArray, change: Any) -> jax.Array:
+def follow(quantizer: Quantizer, x: jax.Array, q: QArray, parameters: Parameters, change: Any) -> jax.Array:
     """Return how `decode(q)`, the codes of `x`, moves with a change of the parameters' value: linear in it."""
-    return _trait(quantizer).follow(quantizer, x, q, change)
+    value = lax.stop_gradient(jax.tree.map(jnp.asarray, parameters.value))
+    return _trait(quantizer).follow(quantizer, x, q, value, change)
 
 
 def _trait(quantizer: Quantizer) -> Trait:
@@ -104,9 +105,12 @@ def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
     return None
 
 
-def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, change: jax.Array) -> jax.Array:
+def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, change: jax.Array) -> jax.Array:
     """`dx_i = dc_(code of i)`: the gradient of a centroid is its cluster's sum (Han et al. 2016, section 3.3)."""
     return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
 
 
-TRAITS: dict[type, Trait] = {Codebook: Trait(_table, _nearest, _everywhere, _moved)}
+TRAITS: dict[type, Trait] = {
+    Codebook: Trait(_table, _nearest, _everywhere, _moved),
+    Int: Trait(steps.start, steps.encode, steps.inside, steps.follow),
+}

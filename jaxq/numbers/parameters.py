@@ -50,6 +50,9 @@ class Learned:
 def learned() -> Learned:
     """Make a calibrator whose parameters are trained: differentiate by the plan, `optax` over `(plan, params)`.
 
+    Of a codebook these are its centroids, of integers their steps (LSQ; LSQ+ where there are zero points, TQT where
+    steps are powers of two).
+
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
     >>> policy, x = jaxq.weight_only(jaxq.kmeans(2, calibrator=jaxq.learned())), jnp.ones((1, 3))
