@@ -9,30 +9,35 @@ import numpy as np
 from jaxq.programs import jaxpr
 
 
-def emitted(program):
-    """Yield every equation of a jaxpr and its sub-programs; of what differs by platform, the form of this one only."""
-    for eqn in program.eqns:
+def emitted(body: jaxpr.Body):
+    """Yield every equation of a program and its sub-programs; of what differs by platform, this one's form only."""
+    for eqn in body.jaxpr.eqns:
         yield eqn
-        values = [x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else (value,))]
-        programs = [x if hasattr(x, "eqns") else getattr(x, "jaxpr", None) for x in values]
-        programs = [x for x in programs if hasattr(x, "eqns")]
+        held = eqn.params.values()
         if platforms := eqn.params.get("branches_platforms"):
             fits = [names is None or jax.default_backend() in names for names in platforms]
-            programs = [programs[fits.index(True)]]
-        for inner in programs:
+            held = [eqn.params["branches"][fits.index(True)]]
+        programs = {id(inner.jaxpr): inner for inner in map(jaxpr.as_body, jaxpr.programs_in(held))}
+        for inner in programs.values():
             yield from emitted(inner)
+
+
+def traced(fn, *args) -> jaxpr.Body:
+    """Return the program of `fn`."""
+    return jaxpr.as_body(jax.make_jaxpr(fn)(*args))
 
 
 def products(fn, *args) -> list[tuple[str, ...]]:
     """Return the operand dtypes of every matmul and convolution in the jaxpr of `fn`, sub-programs included."""
-    eqns = [eqn for eqn in emitted(jax.make_jaxpr(fn)(*args).jaxpr) if jaxpr.is_site_primitive(eqn)]
+    eqns = [eqn for eqn in emitted(traced(fn, *args)) if jaxpr.is_site_primitive(eqn)]
     return [tuple(str(v.aval.dtype) for v in eqn.invars[:2]) for eqn in eqns]
 
 
 def convolutions(fn, *args) -> list:
     """Return the parameters and the kernel's shape of every convolution in the jaxpr of `fn`."""
-    body = jaxpr.as_body(jax.make_jaxpr(fn)(*args))
-    return [(e.params, e.invars[1].aval.shape) for e in jaxpr.all_equations(body) if e.primitive is jaxpr.CONV]
+    return [
+        (e.params, e.invars[1].aval.shape) for e in jaxpr.all_equations(traced(fn, *args)) if e.primitive is jaxpr.CONV
+    ]
 
 
 def is_depthwise(params, kernel) -> bool:
@@ -49,7 +54,7 @@ def pieces(params, kernel) -> int:
 
 def short_products(fn, *args) -> int:
     """Return how many elementwise products of 16-bit integers there are in the jaxpr of `fn`."""
-    eqns = emitted(jax.make_jaxpr(fn)(*args).jaxpr)
+    eqns = emitted(traced(fn, *args))
     names = [(eqn.primitive.name, eqn.outvars[0].aval) for eqn in eqns if eqn.outvars]
     return sum(name == "mul" and aval.dtype == jnp.int16 for name, aval in names)
 

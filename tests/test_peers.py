@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 import jaxq
-from inspection import emitted
+from inspection import emitted, traced
 from zoo import model
 from zoo.entry import dense, normal, weight
 
@@ -33,7 +33,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged
 
 def products(f, *args):
     """The operand dtypes of every matrix product and convolution in the program of `f`."""
-    eqns = emitted(jax.make_jaxpr(f)(*args).jaxpr)
+    eqns = emitted(traced(f, *args))
     return [tuple(str(v.aval.dtype) for v in e.invars[:2]) for e in eqns if e.primitive.name in PRODUCTS]
 
 

@@ -187,7 +187,7 @@ def subprogram(eqn: Eqn) -> Subprogram | None:
         return _hijax(eqn)
     if "newly_manual_axes" in eqn.params or "manual_axes" in eqn.params:
         return _shard_map(eqn)
-    inner = tuple(as_body(p) for p in _programs_in(eqn.params.values()))
+    inner = tuple(as_body(p) for p in programs_in(eqn.params.values()))
     if not inner:
         return None
     if len(inner) == 1 and eqn.primitive.name in _PLAIN_CALLS:
@@ -265,7 +265,7 @@ def _expanded(eqn: Eqn, prim: Any) -> Subprogram:
     try:
         closed = jax.make_jaxpr(lambda *flat: prim.expand(*jax.tree.unflatten(prim.in_tree, flat)))(*avals)
     except Exception:  # a primitive that cannot be expanded out of context: the audit looks at what its parameters hold
-        return Opaque(tuple(as_body(p) for p in _programs_in([prim])))
+        return Opaque(tuple(as_body(p) for p in programs_in([prim])))
     return Inline(as_body(closed), None)
 
 
@@ -284,17 +284,17 @@ _RECORDS: dict[Any, Callable[[Eqn], Subprogram]] = {
 # --- walking -------------------------------------------------------------------------------------------------------
 
 
-def _programs_in(values: Any) -> Iterator[Any]:
+def programs_in(values: Any) -> Iterator[Any]:
     """Yield every program held by parameter values, however they are nested (tuples, dicts, traced stages)."""
     for value in values:
         if is_program(value):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _programs_in(value)
+            yield from programs_in(value)
         elif isinstance(value, dict):
-            yield from _programs_in(value.values())
+            yield from programs_in(value.values())
         elif hasattr(value, "in_avals_flat") or is_program(getattr(value, "jaxpr", None)):
-            yield from _programs_in(list(getattr(value, "__dict__", {}).values()) or [value.jaxpr])
+            yield from programs_in(list(getattr(value, "__dict__", {}).values()) or [value.jaxpr])
 
 
 def all_equations(body: Body) -> Iterator[Eqn]:
@@ -303,7 +303,7 @@ def all_equations(body: Body) -> Iterator[Eqn]:
         yield eqn
         if eqn.primitive not in ORDINARY:
             # A high-level primitive holds its program under several names.
-            inner = {id(held.jaxpr): held for held in map(as_body, _programs_in(eqn.params.values()))}
+            inner = {id(held.jaxpr): held for held in map(as_body, programs_in(eqn.params.values()))}
             for held in inner.values():
                 yield from all_equations(held)
 
