@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.cli import contents
-from jaxq.cli.command import Answer, Command, columns
+from jaxq.cli.command import Answer, Command
+from jaxq.decisions import table
 from jaxq.decisions.plan import Plan
 from jaxq.numbers.qarray import QArray, is_converted
 
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> Answer:
     }
     rows = [(kind, name, what) for kind, differences in found.items() for name, what in differences]
     data = {kind: [{"name": name, "difference": what} for name, what in found[kind]] for kind in found}
-    text = columns([("in", "name", "difference"), *rows]) if rows else f"{options.a} and {options.b} hold the same"
+    text = table.text([("in", "name", "difference"), *rows]) if rows else f"{options.a} and {options.b} hold the same"
     return Answer(text, data, int(bool(rows)))
 
 

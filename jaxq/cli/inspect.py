@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from jaxq.cli import contents
-from jaxq.cli.command import Answer, Command, columns
+from jaxq.cli.command import Answer, Command
 from jaxq.cli.contents import Contents, Row
+from jaxq.decisions import table
 
 KINDS = {
     "model": "saved by jaxq; checksum, dtypes and shapes are right and agree with the plan",
@@ -40,7 +41,9 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def _tables(found: Contents, rows: list[Row]) -> list[str]:
-    tables = [] if not rows else [columns([("leaf", "stored as", "shape", "bytes"), *map(_cells, rows)]), _total(rows)]
+    tables = (
+        [] if not rows else [table.text([("leaf", "stored as", "shape", "bytes"), *map(_cells, rows)]), _total(rows)]
+    )
     tables += [] if found.plan is None else [str(found.plan)]
     tables += [] if found.about is None else ["\n".join(f"{name}: {value}" for name, value in found.about.items())]
     return tables

@@ -30,6 +30,17 @@ def render(rows: list[Row], summary: str) -> str:
     return "\n".join([*aligned(cells), "", summary])
 
 
+def text(cells: Sequence[Sequence[str]]) -> str:
+    """Return rows as text of equal columns, a rule under the first.
+
+    >>> print(text([("a", "b"), ("long", "c")]))
+    a     b
+    -------
+    long  c
+    """
+    return "\n".join(aligned(cells))
+
+
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of equal columns, a rule under the first."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -91,6 +91,19 @@ def take_apart(args: tuple, kwargs: dict, argnums: Argnums) -> tuple[Layout, lis
     return Layout(structure, tuple(statics), tuple(weights), tuple(names)), dynamic
 
 
+def place(weights: Any, batch: Any, argnums: Argnums) -> list:
+    """Return the positional arguments of a call: those of a batch, with the weights at their places among them.
+
+    A tuple holds several arguments, anything else is the one there is; weights are a tuple where `argnums` is one.
+    """
+    args = list(batch) if type(batch) is tuple else [batch]
+    pairs = [(argnums, weights)] if isinstance(argnums, int) else list(zip(argnums, weights, strict=True))
+    count = len(args) + len(pairs)
+    for number, tree in sorted(pairs, key=lambda pair: pair[0] % count):
+        args.insert(number % count, tree)
+    return args
+
+
 def _is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) or is_converted(leaf) or _is_ref(leaf)
 

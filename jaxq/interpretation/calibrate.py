@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
-from jaxq.interpretation.arguments import Argnums
+from jaxq.interpretation.arguments import Argnums, place
 from jaxq.interpretation.transforms import DEFAULT, make_plan, observe
 
 
@@ -34,7 +34,7 @@ def calibrate(
         plan: Any = policy
         number = -1
         for number, batch in enumerate(bar(batches, progress, "calibrate")):
-            args = arguments(params, batch, argnums)
+            args = place(params, batch, argnums)
             if not isinstance(plan, Plan):
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             _, plan = observe(f, plan, argnums=argnums)(*args, **kwargs)
@@ -44,16 +44,6 @@ def calibrate(
         return plan
 
     return calibrated
-
-
-def arguments(params: Any, batch: Any, argnums: Argnums) -> list:
-    """Return the positional arguments of a call: those of the batch, with the weights at their places."""
-    args = list(batch) if type(batch) is tuple else [batch]
-    weights = {argnums: params} if isinstance(argnums, int) else dict(zip(argnums, params, strict=True))
-    count = len(args) + len(weights)
-    for number in sorted(weights, key=lambda n: n % count):
-        args.insert(number % count, weights[number])
-    return args
 
 
 def bar(batches: Iterable[Any], progress: bool, label: str) -> Iterable[Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.decisions.plan import Plan
-from jaxq.interpretation.arguments import Argnums
+from jaxq.interpretation.arguments import Argnums, place
 from jaxq.interpretation.transforms import quantize
 from jaxq.io import safetensors, strict_json
 from jaxq.io.errors import FileError
@@ -142,19 +142,10 @@ def _hidden(params: Any) -> Any:
     return jax.tree.map(veil, params)
 
 
-def _together(params: Any, args: Sequence[Any], argnums: Argnums) -> list:
-    """Return all arguments of a call: the parameters at their places among the others."""
-    pairs = [(argnums, params)] if isinstance(argnums, int) else zip(argnums, params, strict=True)
-    whole = list(args)
-    for number, tree in sorted(pairs, key=lambda pair: pair[0]):
-        whole.insert(number, tree)
-    return whole
-
-
 def _pure(run: Callable, params: Any, args: list, argnums: Argnums) -> Any:
     """Run, and raise where the call changed its parameters: an exported program has no state."""
     before = jax.tree.leaves(params)
-    out = run(*_together(params, args, argnums))
+    out = run(*place(params, tuple(args), argnums))
     if any(old is not new for old, new in zip(before, jax.tree.leaves(params), strict=True)):
         raise ValueError("the call changes its module, which an exported program cannot: call module.eval() first")
     return out
@@ -182,7 +173,7 @@ def _checksum(program: bytes, about: dict[str, Any]) -> int:
 def _verify(artifact: Artifact, run: Callable, qparams: Any, inputs: tuple, argnums: Argnums, dynamic: list) -> None:
     """Raise `ValueError` unless the artifact gives what `quantize` gives, bit for bit, on the CPU."""
     with jax.default_device(jax.devices("cpu")[0]):
-        want = run(*_together(qparams, inputs, argnums))
+        want = run(*place(qparams, inputs, argnums))
         got = artifact.call(*(inputs[n] for n in dynamic))
     for number, pair in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
         a, b = (np.asarray(x) for x in pair)

@@ -108,4 +108,4 @@ def _same(op: Any, a: Any, b: Any, platform: str) -> bool:
 def describe() -> str:
     """Return the table as text, one form a line, in the order in which it is read."""
     rows = [(form.op.name, form.name, " ".join(form.platforms), form.why) for form in FORMS]
-    return "\n".join(table.aligned([("operation", "form", "platforms", "because"), *rows]))
+    return table.text([("operation", "form", "platforms", "because"), *rows])

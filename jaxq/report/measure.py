@@ -11,18 +11,18 @@ import numpy as np
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
-from jaxq.interpretation.arguments import Argnums, Layout, Static, take_apart
-from jaxq.interpretation.calibrate import arguments, bar
+from jaxq.interpretation.arguments import Argnums, Layout, Static, place, take_apart
+from jaxq.interpretation.calibrate import bar
 from jaxq.interpretation.comparing import Compare, Seen, Sight, Weigh, merged, side_by_side
 from jaxq.interpretation.convert import ahead, convert
 from jaxq.interpretation.program import load
 from jaxq.interpretation.transforms import DEFAULT, check_observed, make_plan, quantize
+from jaxq.measure import timing
 from jaxq.numbers import noise
 from jaxq.numbers.noise import Noise
 from jaxq.numbers.qarray import is_converted
 from jaxq.report.cost import Both, cost_of
 from jaxq.report.held import bytes_of_sites, nbytes
-from jaxq.report.latency import median_seconds
 from jaxq.report.report import Measured, Report, SiteReport
 
 
@@ -49,7 +49,7 @@ def report(
         plan: Any = policy
         whole: _Whole | None = None
         for number, batch in enumerate(bar(batches, progress, "report")):
-            args = arguments(params, batch, argnums)
+            args = place(params, batch, argnums)
             if not isinstance(plan, Plan):
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             layout, leaves = floats_only(args, kwargs, argnums)
@@ -143,7 +143,7 @@ class _First(NamedTuple):
 
 def _first(f: Callable, plan: Plan, call: tuple[Any, Any, dict], argnums: Argnums) -> _First:
     params, batch, kwargs = call
-    args = arguments(params, batch, argnums)
+    args = place(params, batch, argnums)
     layout, leaves = take_apart(tuple(args), kwargs, argnums)
     program = load(f, layout, leaves, plan)
     names = {item.path: item.site.name for item in program.analysis.located}
@@ -151,12 +151,12 @@ def _first(f: Callable, plan: Plan, call: tuple[Any, Any, dict], argnums: Argnum
     weigh, arrays = ahead(program, Weigh(program.execute), leaves)
     weights = {names[path]: seen for path, seen in weigh(*arrays).items()}
     small = convert(f, plan, argnums=argnums)(*args, **kwargs)
-    converted = arguments(small, batch, argnums)
+    converted = place(small, batch, argnums)
     held = bytes_of_sites(program, leaves, take_apart(tuple(converted), kwargs, argnums)[1])
     plain, quantized = quantize(f, None, argnums=argnums), quantize(f, plan, argnums=argnums)
     calls = (lambda: plain(*args, **kwargs)), (lambda: quantized(*converted, **kwargs))
     sizes = Both(nbytes(params), nbytes(small))
-    return _First(program.decisions, weights, held, sizes, Both(*median_seconds(calls)))
+    return _First(program.decisions, weights, held, sizes, Both(*timing.seconds(calls, rounds=3)))
 
 
 # --- putting together ------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
-from jaxq.interpretation.arguments import Argnums, Static
-from jaxq.interpretation.calibrate import arguments, bar
+from jaxq.interpretation.arguments import Argnums, Static, place
+from jaxq.interpretation.calibrate import bar
 from jaxq.interpretation.comparing import Switch, merged
 from jaxq.interpretation.program import load
 from jaxq.interpretation.transforms import DEFAULT, check_observed, make_plan
@@ -109,7 +109,7 @@ def sensitivity(
         plan: Any = policy
         effects: dict[tuple[str, str], list[Effect]] = {}
         for batch in bar(batches, progress, "sensitivity"):
-            args = arguments(params, batch, argnums)
+            args = place(params, batch, argnums)
             if not isinstance(plan, Plan):
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             layout, leaves = floats_only(args, kwargs, argnums)
