@@ -120,8 +120,6 @@ FIRST = {
     *("int8", "int8 asymmetric", "Q6.1", "bfloat16", "float8", "binary", "ternary", "kmeans 16"),
     *("int4 group", "nf4", "mxfp4", "nvfp4"),
 }
-# The same, of those that take long to compile.
-TWINS = {"kmeans 2", "kmeans 256", "entropy", "octav", "sigmas"}
 NO_ZERO = {"binary", "binary group", "kmeans 2", "kmeans 16", "kmeans 256", "kmeans group"}
 
 # Of no axes, of none of a size, of odd sizes, of every type.
@@ -219,7 +217,7 @@ def test_the_largest_numbers_stay_finite(name):
             check(name, xs[kind], *found)
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOG if name not in TWINS])
+@pytest.mark.parametrize("name", sorted(FIRST))
 def test_eagerly_as_compiled(name):
     """Bit for bit."""
     for pattern, size in (
