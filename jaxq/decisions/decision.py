@@ -1,6 +1,7 @@
 """A decision: one site, its scheme, and the reason where it stays float."""
 
 import dataclasses
+import functools
 
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers import calibrators, learning
@@ -53,7 +54,7 @@ class Decision:
             return feed.quantizer
         return self.scheme.of(self.site.operands[number].role) if self.scheme else None
 
-    @property
+    @functools.cached_property
     def quantizers(self) -> tuple[Quantizer | None, ...]:
         """The quantizer of every operand."""
         return tuple(self.quantizer(n) for n in range(len(self.site.operands)))

@@ -17,6 +17,7 @@ from jaxq.programs.provenance import CONSTANT, DATA, NONE, Around, Found, Value,
 from jaxq.programs.sites import Feed, Located, Operand, Path, Site
 
 Names = tuple[tuple[str, ...], ...]
+Feeds = tuple[Feed | None, ...]
 
 
 class CoverageError(RuntimeError):
@@ -209,10 +210,8 @@ def _locate(found: list[Found], names: Names, lines: bool) -> tuple[Located, ...
     order = sorted(range(len(parsed)), key=lambda n: bool(parsed[n].why))
     named = {n: namer.name(parsed[n].item, parsed[n].op, parsed[n].sources, parsed[n].scope) for n in order}
     makers = {p.item.path: _Maker(named[n], _loops(p.item, stacks[n])) for n, p in enumerate(parsed)}
-    located = [_located(p, named[n], stacks[n], names, lines) for n, p in enumerate(parsed)]
-    return tuple(
-        dataclasses.replace(one, feeds=_feeds(p.item, one, makers)) for one, p in zip(located, parsed, strict=True)
-    )
+    feeds = [_feeds(p, stacks[n], makers) for n, p in enumerate(parsed)]
+    return tuple(_located(p, named[n], (stacks[n], feeds[n]), names, lines) for n, p in enumerate(parsed))
 
 
 class _Maker(NamedTuple):
@@ -226,10 +225,10 @@ def _loops(item: Found, stacked: frozenset[Path]) -> tuple[Path, ...]:
     return tuple(path for path, _ in item.around.loops if path in stacked)
 
 
-def _feeds(item: Found, located: Located, makers: dict[Path, _Maker]) -> tuple[Feed | None, ...]:
+def _feeds(parsed: _Parsed, stacked: frozenset[Path], makers: dict[Path, _Maker]) -> Feeds:
     """Return whose output every operand is, where the layers that its maker has a range for are the site's own."""
-    loops, feeds = _loops(item, located.stacked), []
-    for value in item.operands[: located.op.operands]:
+    loops, feeds = _loops(parsed.item, stacked), []
+    for value in parsed.item.operands[: parsed.op.operands]:
         maker = makers.get(value.made.path) if value.made else None
         fits = maker is not None and loops[: len(maker.loops)] == maker.loops
         feeds.append(Feed(maker.name, value.made.whole, value.made.padded) if fits else None)
@@ -258,8 +257,9 @@ def _stacks(items: list[tuple[Found, int | None]]) -> list[frozenset[Path]]:
     return stacks
 
 
-def _located(parsed: _Parsed, name: str, stacked: frozenset[Path], names: Names, lines: bool) -> Located:
+def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], names: Names, lines: bool) -> Located:
     item, op, weight, _, scope, why = parsed
+    stacked, feeds = placed
     value = Value() if weight is None else item.operands[weight]
     operands = tuple(_operand(item, op, n, n == weight, names) for n in range(op.operands))
     out = item.eqn.outvars[0].aval
@@ -279,7 +279,7 @@ def _located(parsed: _Parsed, name: str, stacked: frozenset[Path], names: Names,
     )
     in_while = any(path in value.variant for path, length in item.around.loops if length is None)
     convertible = weight is not None and not in_while and not item.around.manual
-    return Located(site, item.path, op, weight, value.leaf, tuple(sorted(value.sources)), stacked, convertible)
+    return Located(site, item.path, op, weight, value.leaf, tuple(sorted(value.sources)), stacked, convertible, feeds)
 
 
 def _operand(item: Found, op: ops.Op, number: int, is_weight: bool, names: Names) -> Operand:
