@@ -4,6 +4,7 @@
     pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt              # for h100; 143 MB, no NVIDIA libraries
     python tpu_scripts/compile_for.py --target v5e --model mlp
     python tpu_scripts/compile_for.py --target h100 --model resnet18 --variant "int8 dynamic"
+    python tpu_scripts/compile_for.py --target v5e --model mlp --exported
 
 Prints the integer and float products of the optimized program, its memory, and its estimated time against the same
 model in bfloat16. Ends with status 1 if a product that the plan quantizes came out in float. On a TPU the estimate is
@@ -110,6 +111,14 @@ def quantized(model: Model, variant: str, shapes: tuple[Any, Any]) -> tuple[Call
     return jaxq.quantize(model.apply, plan), (converted, shapes[1]), plan
 
 
+def exported(model: Model, variant: str) -> tuple[Callable, tuple[Any, ...]]:
+    """Return the program of `jaxq.export`'s artifact, as a process without jaxq would load it, and its arguments."""
+    params, x = model.init(jax.random.key(0)), model.example_input(jax.random.key(1))
+    plan = plan_of(model, variant, params, x)
+    artifact = jaxq.export(model.apply, plan, jaxq.convert(model.apply, plan)(params, x), x)
+    return artifact.call, (jax.ShapeDtypeStruct(x.shape, x.dtype),)
+
+
 def strays(ops: dict[str, int], plan: jaxq.Plan) -> int:
     """Return how many products too many are in float: more than the plan leaves there."""
     left = sum(not d.is_integer and d.site.op != "embedding" for d in plan.decisions)
@@ -132,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", choices=list(TARGETS), required=True)
     parser.add_argument("--model", choices=list(MODELS), default="mlp")
     parser.add_argument("--variant", choices=list(VARIANTS), default="int8 static")
+    parser.add_argument("--exported", action="store_true", help="compile what jaxq.export wrote, weights inside")
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the optimized program there")
     return parser.parse_args()
 
@@ -142,6 +152,8 @@ def main() -> int:
     target, model = TARGETS[options.target], MODELS[options.model]
     device = device_of(target)
     f, shapes, plan = quantized(model, options.variant, shapes_of(model))
+    if options.exported:
+        f, shapes = exported(model, options.variant)
     flops = sum(d.site.flops for d in plan.decisions)
     reference = compiled(model.apply, device, *shapes_of(model, jnp.bfloat16))
     program = compiled(f, device, *shapes)

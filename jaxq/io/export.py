@@ -152,7 +152,10 @@ def _pure(run: Callable, params: Any, args: list, argnums: Argnums) -> Any:
 
 
 def _described(exported: jax.export.Exported) -> Artifact:
-    program = bytes(exported.serialize())
+    try:
+        program = bytes(exported.serialize())
+    except ImportError as error:
+        raise ImportError("exporting needs flatbuffers: pip install 'jaxq[export]'") from error
     about = {
         "jaxq_export": VERSION,
         "jax": jax.__version__,
