@@ -208,3 +208,32 @@ def test_operands_with_zero_points_from_upstream_are_refused_by_name():
     policy = {"a": jaxq.Scheme(weight=jaxq.int8(), out=out), "b": BOTH}
     with pytest.raises(ValueError, match="site 'b': with grad= no operand has a zero point"):
         jaxq.make_plan(lambda p, x: (x @ p["a"]) @ p["b"], policy)(params, x)
+
+
+def test_a_plan_serves_more_examples_than_it_could_be_trained_on():
+    f = functools.partial(dot, (((1,), (0,)), ((), ())))
+    w, few, many = jnp.eye(4), jnp.ones((8, 4)), jnp.ones((150_000, 4))
+    plan = jaxq.make_plan(f, BOTH)(w, few)
+    assert jax.eval_shape(jaxq.quantize(f, plan), w, many).shape == (150_000, 4)
+    with pytest.raises(ValueError, match="a gradient sums 150000 products"):
+        jax.eval_shape(jax.grad(lambda w: jaxq.qat(f, plan)(w, many).sum()), w)
+
+
+def test_float_activations_of_another_type_and_unsigned_ones_in_groups():
+    f = functools.partial(conv, feature_group_count=2)
+    w, x = jnp.ones((3, 3, 2, 4), jnp.bfloat16), jnp.ones((2, 5, 5, 4), jnp.bfloat16)
+    unsigned = jaxq.Quantizer(jaxq.Int(8, signed=False), per_tensor=True)
+    for scheme in (
+        jaxq.Scheme(weight=jaxq.int8(), grad=jaxq.int8()),
+        jaxq.Scheme(weight=jaxq.int8(), act=unsigned, grad=jaxq.int8()),
+    ):
+        got, want = (pulled(g, w, x, jnp.ones((2, 5, 5, 4), jnp.bfloat16)) for g in (jaxq.qat(f, scheme), f))
+        for near, exact in zip(got, want, strict=True):
+            assert near.dtype == exact.dtype
+            np.testing.assert_allclose(np.float32(near), np.float32(exact), rtol=0.03)
+
+
+def test_weightless_products_of_a_weight_only_scheme_stay_float():
+    scheme = jaxq.Scheme(weight=jaxq.int8(), grad=jaxq.int8())
+    plan = jaxq.make_plan(lambda p, x: (x @ p["w"]) @ x.T, scheme)({"w": jnp.eye(4)}, jnp.ones((2, 4)))
+    assert [d.scheme is None for d in plan.decisions] == [False, True]

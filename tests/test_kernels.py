@@ -784,6 +784,20 @@ def test_slices_at_data_are_lookups(weight):
             assert_near(got[name], judge(table, index))
 
 
+def test_slices_of_a_batch_share_rows_too():
+    """`vmap` makes a gather that indexes every axis, of which rows are still taken whole."""
+    table, jt = represented(np.random.default_rng(0), (6, 5), (1,), jaxq.int8())
+
+    def f(params, i):
+        return lax.dynamic_slice(params["t"], (i, 0), (1, 5))[0]
+
+    plan = jaxq.make_plan(f, jaxq.weight_only())({"t": jt}, jnp.int32(0))
+    many, i = jax.vmap(f, (None, 0)), jnp.array([0, 4, 100])
+    converted = jaxq.convert(many, plan)({"t": jt}, i)
+    assert converted["t"].scale.shape == (6, 1)
+    assert_near(jax.jit(jaxq.quantize(many, plan))(converted, i), table[[0, 4, 5]])
+
+
 def test_slices_that_share_no_row_are_not_lookups():
     """Elements have no row whose scale they could share, and a counter picks weights, not data."""
 

@@ -261,3 +261,35 @@ def test_nan_shows_in_arrays_with_learned_steps():
     plan = jaxq.calibrate(f, jaxq.Scheme(weight=jaxq.int8(), act=act), progress=False)(params, [jnp.eye(4)])
     assert np.isnan(jaxq.qat(f, plan)(params, jnp.full((2, 4), jnp.nan))).all()
     assert np.isfinite(jaxq.qat(f, plan)(params, jnp.full((2, 4), 1e30))).all()
+
+
+def test_a_weight_used_twice_has_codes_for_each_use():
+    def f(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"]
+
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    _, plan = jaxq.observe(f, jaxq.weight_only(jaxq.int4(calibrator=jaxq.learned())))(params, X)
+    first, second = plan.ranges
+    plan = jaxq.Plan(plan.decisions, (first, (second[0], second[1]._replace(value=1.5 * second[1].value))))
+    converted = jaxq.convert(f, plan)(params, X)
+    trained = jax.jit(jaxq.qat(f, plan))(params, X)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(f, plan))(converted, X), trained)
+
+
+def test_centroids_that_have_passed_one_another_keep_their_gradients():
+    f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
+    _, plan = jaxq.observe(f, jaxq.weight_only(kmeans(2)))(params, jnp.ones((1, 3)))
+    (none, table), = plan.ranges  # fmt: skip
+    crossed = jaxq.Plan(plan.decisions, ((none, table._replace(value=table.value[..., ::-1])),))
+    gradient = jax.grad(lambda plan: jaxq.qat(f, plan)(params, jnp.ones((1, 3))).sum())(crossed)
+    assert gradient.range("w")[1].value.ravel().tolist() == [1.0, 2.0]
+
+
+def test_learned_activations_fit_other_ranks():
+    act = jaxq.Quantizer(Int(4), per_tensor=True, calibrator=jaxq.learned())
+    f, params = (lambda p, x: x @ p["w"]), {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+    _, plan = jaxq.observe(f, jaxq.Scheme(weight=jaxq.int8(), act=act))(params, X[None])
+    flat, stacked = jaxq.qat(f, plan)(params, X), jaxq.qat(f, plan)(params, X[None])
+    np.testing.assert_array_equal(flat, stacked[0])
+    _, again = jaxq.observe(f, plan, quantized=True)(params, X)
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, plan)

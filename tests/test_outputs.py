@@ -464,3 +464,13 @@ def test_train_equals_serve_over_the_zoo(name):
     assert_bitwise(trained, jax.jit(jaxq.quantize(entry.fn, plan))(converted, *entry.args))
     for a, b in zip(arrays(entry.fn(entry.params, *entry.args)), arrays(trained), strict=True):
         assert np.abs(a.astype(np.float64) - b).max() <= 0.1 * max(np.abs(a.astype(np.float64)).max(), 1e-6)
+
+
+def test_a_plan_of_a_part_has_no_feeds_from_elsewhere():
+    out = jaxq.int8(per_tensor=True, calibrator=jaxq.minmax())
+    policy = {"up": Scheme(W8, jaxq.int8(), out), "*": Scheme(W8, jaxq.int8())}
+    params, x = {"up": jnp.eye(4), "down": jnp.eye(4)}, jnp.ones((2, 4))
+    plan = jaxq.calibrate(lambda p, x: x @ p["up"] @ p["down"], policy, progress=False)(params, [x])
+    part = jaxq.make_plan(lambda p, h: h @ p["down"], plan)(params, x)
+    assert part.names == ("down",) and not part["down"].fed and Plan.from_json(part.to_json()) == part
+    np.testing.assert_array_equal(jaxq.qat(lambda p, h: h @ p["down"], part)(params, x), np.ones((2, 4)))

@@ -46,7 +46,7 @@ def _read_folder(path: Path) -> Contents:
 
 
 def _model(path: Path) -> Contents:
-    params, plan = checkpoint.read(path)
+    params, plan, _ = checkpoint.read(path)
     return Contents("model", tree.leaf_names(params, plan), plan)
 
 

@@ -57,6 +57,8 @@ def _leaf(a: Any, b: Any) -> str:
     kinds = [contents.rows(contents.Contents("", {"": leaf}))[0][1:3] for leaf in (a, b)]
     if kinds[0] != kinds[1]:
         return " in A, ".join(f"{stored} {list(shape)}" for stored, shape in kinds) + " in B"
+    if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
+        return "other parts: zero points, packing or scales"
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     if all(_bits(x) == _bits(y) for x, y in pairs):
         return ""

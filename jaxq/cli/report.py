@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from jaxq.cli.command import Answer, Command
-from jaxq.io.checkpoint import load
+from jaxq.io.checkpoint import read
 from jaxq.io.errors import FileError
-from jaxq.report.saved import saved_report
+from jaxq.report.saved import report_of
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     """Return the report of a model as a table and as data; write the page if there is to be one."""
-    report = saved_report(*load(options.file))
+    _, plan, leaves = read(options.file)
+    report = report_of(leaves, plan)
     if options.html is not None:
         try:
             report.to_html(options.html)

@@ -16,6 +16,7 @@ from jaxq.decisions.policy import Choice, Policy, choose
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers.calibrators import EMA, Leaf, MinMax
 from jaxq.numbers.formats import Fixed, Float, Int
+from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Feed, Operand, Site
 
@@ -65,8 +66,9 @@ def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
     """Return the part of a scheme that a site can use, and why the rest is not used."""
     has_weight = site.weight is not None
     has_act = any(operand.role == "act" for operand in site.operands)
-    grad = scheme.grad if len(site.operands) == 2 else None  # a lookup is differentiated without a product
-    own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out, grad)
+    own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out)
+    if own != Scheme() and len(site.operands) == 2:  # a lookup is differentiated without a product
+        own = dataclasses.replace(own, grad=scheme.grad)
     if own != Scheme():
         return own, ""
     if scheme.weight is not None:
@@ -282,11 +284,35 @@ def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple
     if roles != theirs:  # the weight may stand on the other side
         ranges = (*ranges[: len(roles)][::-1], *ranges[len(roles) :])
         decision = dataclasses.replace(decision, fed=decision.fed[::-1])
+    ranges = _reranked(decision.site, site, ranges)
     decision = dataclasses.replace(decision, site=site)
     if decision.scheme is not None:
         _check_sums(decision)
-        _check_backward(decision)
     return decision, ranges
+
+
+def _reranked(old: Site, new: Site, ranges: tuple[Leaf | None, ...]) -> tuple[Leaf | None, ...]:
+    """Return learned parameters of activations, one for all, in the rank that the activations have here."""
+    depth = len(old.stack)
+
+    def fit(r: Leaf | None, theirs: Operand, own: Operand) -> Leaf | None:
+        if not isinstance(r, Parameters) or own.role != "act" or len(theirs.shape) == len(own.shape):
+            return r
+        ones, rest = (1,) * len(own.shape), depth + len(theirs.shape)
+        value = jax.tree.map(lambda v: jnp.reshape(v, (*v.shape[:depth], *ones, *v.shape[rest:])), r.value)
+        return r._replace(value=value)
+
+    turned = old.operands[0].role != new.operands[0].role
+    theirs = old.operands[::-1] if turned else old.operands
+    inputs = zip(ranges[: len(theirs)], theirs, new.operands, strict=True)
+    return (*(fit(*three) for three in inputs), *ranges[len(new.operands) :])
+
+
+def connected(decisions: Sequence[Decision], ranges: Ranges) -> Plan:
+    """Return decisions as a plan of their own, without feeds from sites that are not among them."""
+    outputs = {decision.site.name: decision.out for decision in decisions}
+    whole = tuple(_relinked(decision, outputs) for decision in decisions)
+    return Plan(whole, tuple(_kept_ranges(*three) for three in zip(decisions, whole, ranges, strict=True)))
 
 
 def supplied(plan: Plan, decisions: Sequence[Decision]) -> Ranges:

@@ -19,12 +19,14 @@ from jax import lax
 
 from jaxq import lowering
 from jaxq.numbers import codecs
+from jaxq.numbers.formats import Integers
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs import jaxpr, ops
 from jaxq.programs.ops import Op
 
 Operand = jax.Array | QArray
+INT32_MAX = 2**31 - 1
 
 
 class Rounding(NamedTuple):
@@ -32,6 +34,11 @@ class Rounding(NamedTuple):
 
     quantizer: Quantizer | None
     key: jax.Array | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether gradients become integer codes."""
+        return self.quantizer is not None and self.quantizer.integer
 
     def __call__(self, g: jax.Array, contracted: tuple[int, ...]) -> Operand:
         """Return a gradient that is to be multiplied along `contracted` axes, in codes."""
@@ -66,7 +73,7 @@ def _parted(op: Op, side: int, operand: Operand, rank: int) -> tuple[jax.Array, 
     rank: that of the other operand.
     """
     if not isinstance(operand, QArray):
-        return operand, None
+        return lax.convert_element_type(operand, jnp.float32), None
     if not operand.format.integer:
         return operand.decode(jnp.float32), None
     ranks = (operand.ndim, rank) if side == 0 else (rank, operand.ndim)
@@ -109,8 +116,22 @@ def _run(body: jaxpr.Body, rounding: Rounding, g: jax.Array, codes: jax.Array, o
     return env[body.jaxpr.outvars[0]]
 
 
+def _check_sum(op: Op, operands: list, reach: int) -> None:
+    """Raise where the int32 sums of a gradient could overflow."""
+    terms = op.terms([x.shape for x in operands])
+    if isinstance(terms, int) and terms > INT32_MAX // reach:
+        shapes = " and ".join(str(list(x.shape)) for x in operands)
+        raise ValueError(
+            f"a gradient sums {terms} products of {shapes} in int32, where {INT32_MAX // reach} fit; keep it wide with "
+            "grad=jaxq.Backward(...), or compute the gradient of fewer examples at a time"
+        )
+
+
 def _product(op: Op, mine: int, rounding: Rounding, operands: list, other: Operand) -> jax.Array:
     """Run the one product of a transposed operation, with operand `mine` quantized and the other one as codes."""
+    if rounding.integer and isinstance(other, QArray) and other.format.integer:
+        assert isinstance(other.format, Integers), "codes with integer kernels are integers"
+        _check_sum(op, operands, rounding.quantizer.reach() * other.format.reach(True))
     pair: list[Operand] = list(operands)
     pair[mine] = rounding(operands[mine], op.contracted[mine])
     if isinstance(other, QArray) and other.format.integer:

@@ -129,7 +129,8 @@ def _store(index: int, leaf: Any, read: bool, captured: Captured, program: Progr
     if not here:
         return Dropped(leaf.shape, leaf.dtype) if part_of and not read else leaf
     quantizers = {program.execute.task(item).quantizers[item.weight] for item, _ in here.values()}
-    single = None if read or len(quantizers) > 1 else _one_array(leaf, list(here.values()))
+    apart = len(here) > 1 and any(q.learned for q in quantizers)  # every site has parameters of its own
+    single = None if read or apart or len(quantizers) > 1 else _one_array(leaf, list(here.values()))
     if single is not None:
         return single.packed(len(next(iter(here.values()))[0].site.stack))
     codes = {name: codes.packed(len(item.site.stack)) for name, (item, codes) in here.items()}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxq.decisions import resolve
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.decisions.recipes import Uniform, w8a8
@@ -185,7 +186,7 @@ def make_plan(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums 
     def planned(*args, **kwargs) -> Plan:
         layout, leaves = take_apart(args, kwargs, argnums)
         program = load(f, layout, leaves, policy)
-        return Plan(program.decisions, program.ranges)
+        return resolve.connected(program.decisions, program.ranges)
 
     return planned
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
@@ -60,6 +61,9 @@ def check_array(q: QArray) -> None:
         or (coded and (q.zero_point is not None or q.outer is not None)),
     }
     _raise_first(q, problems)
+    for part in (q.scale, q.table, q.outer):
+        if part is not None and part.dtype.name != "uint8" and not np.isfinite(np.asarray(part, np.float32)).all():
+            raise ValueError(f"in an array of {q.format}, a scale or a table holds NaN or infinity")
     _check_numbers(q)
     check_grid(q.shape, q.grid)
 

@@ -79,7 +79,7 @@ def load(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Plan]:
     (True, 'nf4')
     """
     path = Path(path)
-    params, plan = read(path)
+    params, plan, _ = read(path)
     try:
         if like is not None:
             params = tree.fill(like, params)
@@ -90,8 +90,11 @@ def load(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Plan]:
         raise FileError(path, str(error)) from error
 
 
-def read(path: Path) -> tuple[Any, Plan]:
-    """Return the tree, its arrays NumPy's, and the plan; raise `FileError` unless they are whole and agree."""
+def read(path: Path) -> tuple[Any, Plan, dict[str, Any]]:
+    """Return the tree, its arrays NumPy's, the plan, and the leaves by the names that the plan calls them by.
+
+    Raises `FileError` unless they are whole and agree.
+    """
     container = read_container(path)
     try:
         version = container.metadata.get("jaxq")
@@ -107,7 +110,7 @@ def read(path: Path) -> tuple[Any, Plan]:
     except BROKEN as error:
         reason = str(error) or type(error).__name__
         raise FileError(path, f"this is not an intact jaxq model: {reason}; save it again with jaxq.save") from error
-    return built[0], plan
+    return built[0], plan, built[1]
 
 
 def to_device(leaf: Any) -> Any:

@@ -17,6 +17,8 @@ from jaxq.numbers.floats import E4M3
 from jaxq.numbers.formats import Int
 from jaxq.numbers.qarray import QArray
 
+REPEATED_GROUP = re.compile(r"\)[*+?{]")
+
 
 def load_compressed_tensors(folder: str | os.PathLike) -> dict[str, jax.Array | QArray]:
     """Return the arrays of a checkpoint by name, quantized weights as `QArray` [outputs, inputs].
@@ -103,4 +105,14 @@ def _codes(module: str, parts: dict[str, np.ndarray], groups: list[dict]) -> tup
 def _is_target(module: str, group: dict, groups: int) -> bool:
     """Tell whether a group is a module's: by name, by pattern, or as the only one there is."""
     targets = group["targets"]
-    return groups == 1 or module in targets or any(t.startswith("re:") and re.match(t[3:], module) for t in targets)
+    return groups == 1 or module in targets or any(t.startswith("re:") and _fits(t[3:], module) for t in targets)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Match a pattern of a file's: one that repeats a group could take for ever, and is refused."""
+    if REPEATED_GROUP.search(pattern):
+        raise ValueError(f"the target 're:{pattern:.80}' repeats a group")
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise ValueError(f"the target 're:{pattern:.80}' is no pattern: {error}") from error

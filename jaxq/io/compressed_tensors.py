@@ -22,6 +22,7 @@ import numpy as np
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
 from jaxq.io import safetensors, strict_json, tree, words
+from jaxq.io.checkpoint import INDEX
 from jaxq.io.errors import FileError
 from jaxq.io.replace import beside, publish
 from jaxq.numbers import affine
@@ -190,6 +191,8 @@ def _config(schemes: dict[str, dict], plan: Plan) -> dict[str, Any]:
 
 
 def _write(folder: Path, arrays: Mapping[str, Any], quantization: dict[str, Any]) -> None:
+    if (folder / INDEX).exists():
+        raise FileError(folder / INDEX, "lists other files, which readers would take; choose another folder")
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
     try:

@@ -73,9 +73,16 @@ def _names(args: tuple) -> list[str]:
 
 
 def leaf_names(params: Any, plan: Plan) -> dict[str, Any]:
-    """Return the leaves of parameters by the names that a plan calls them by."""
+    """Return the leaves of parameters by the names that a plan calls them by; one name's second leaf as `name (2)`."""
     _, leaves = take_apart((params,), {}, 0)
-    return dict(zip(plan_names(params, plan), leaves, strict=True))
+    found: dict[str, Any] = {}
+    for name, leaf in zip(plan_names(params, plan), leaves, strict=True):
+        own, number = name, 1
+        while own in found:
+            number += 1
+            own = f"{name} ({number})"
+        found[own] = leaf
+    return found
 
 
 def describe(tree: Any, names: Sequence[str]) -> tuple[Json, dict[str, Any]]:
@@ -92,7 +99,8 @@ def _node(node: Any, path: str, writing: Writing) -> Json:
         return None
     if is_converted(node) or jax.tree_util.all_leaves([node]):
         own = _leaf(node, path, writing.arrays)
-        return {**own, "leaf": next(writing.names)} if own["type"] in DYNAMIC else own
+        named = own["type"] in DYNAMIC and not isinstance(node, np.generic)  # scalars of NumPy's are static
+        return {**own, "leaf": next(writing.names)} if named else own
     children = [(_key(key), child) for key, child in _children(node)]
     parts = [(key, _node(child, f"{path}/{key}" if path else str(key), writing)) for key, child in children]
     if type(node) in (list, tuple):

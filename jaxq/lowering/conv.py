@@ -18,7 +18,8 @@ def integer_conv(op: Conv, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Arr
     acc = _sums(op, a, b)
     if za is not None:
         # Padding is zero in codes, so it must not be corrected: convolve where the image is, not where padding is.
-        inside = jnp.ones([1 if axis == op.lhs_spec[0] else n for axis, n in enumerate(a.shape)], jnp.int8)
+        one = op.batch_groups  # images of different groups go to different outputs
+        inside = jnp.ones([one if axis == op.lhs_spec[0] else n for axis, n in enumerate(a.shape)], jnp.int8)
         acc = acc - _image(op, za) * _sums(op, inside, b)
     if zb is not None:
         acc = acc - _kernel(op, zb) * _sums(op, a, jnp.ones_like(b))

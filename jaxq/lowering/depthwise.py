@@ -22,7 +22,8 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a convolution is depthwise, and small enough in its window."""
     taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
     single = op.feature_groups > 1 and kernel.shape[op.rhs_spec[1]] == 1
-    known = all(isinstance(n, int) for n in image.shape) and 0 not in (*image.shape, *kernel.shape)
+    sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
+    known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
     return single and known and op.batch_groups == 1 and set(op.lhs_dilation) <= {1} and taps <= MOST_TAPS
 
 

@@ -245,8 +245,8 @@ def linear_quantize(
     axis: the axes that keep a scale per index (None: one scale for the whole array); with `group`, the one axis that
     has a scale for every `group` consecutive indices, all other axes having one per index. narrow: without the most
     negative code, where symmetric. q: [*x.shape] int8, uint8 or, for 16 bits, int16, uint16; scale: float32 and
-    zero_point: q's type (widen both before subtracting), of x's rank with ones on the shared axes. One symmetric signed
-    bit is the sign, -1 or 1. Jacob et al. 2018, equation 1. Raises `ValueError` for an unknown bit width, for NaN or
+    zero_point: int32 (so that `q - zero_point` does not wrap), of x's rank with ones on the shared axes. One symmetric
+    signed bit is the sign, -1 or 1. Jacob et al. 2018, equation 1. Raises `ValueError` for an unknown bit width, NaN or
     infinity, and where a group does not divide its axis; `TypeError` for arrays that are not float.
 
     >>> import jax.numpy as jnp, jaxq
@@ -265,5 +265,5 @@ def linear_quantize(
     else:
         quantizer = Quantizer(integers, group=group, symmetric=symmetric, narrow=narrow)
     q = quantizer(x, contracted=contracted).plain()
-    zero = jnp.zeros(q.scale.shape, q.codes.dtype) if q.zero_point is None else q.zero_point
+    zero = jnp.zeros(q.scale.shape, jnp.int32) if q.zero_point is None else q.zero_point.astype(jnp.int32)
     return q.codes, q.scale, zero

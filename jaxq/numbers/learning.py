@@ -107,6 +107,7 @@ def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
 
 def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, change: jax.Array) -> jax.Array:
     """`dx_i = dc_(code of i)`: the gradient of a centroid is its cluster's sum (Han et al. 2016, section 3.3)."""
+    change = jnp.take_along_axis(change, jnp.argsort(value, axis=-1), axis=-1)  # codes are by the sorted table
     return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
 
 

@@ -44,7 +44,8 @@ class Learned:
 
     def update(self, old: Parameters, new: Parameters) -> Parameters:
         """Return the parameters as they were, or as they are seen now for the first time."""
-        return first(old, new)._replace(count=old.count + new.count)
+        value = jax.tree.map(lambda a, b: jnp.reshape(b, jnp.shape(a)), old.value, new.value)  # of whatever rank
+        return first(old, new._replace(value=value))._replace(count=old.count + new.count)
 
 
 def learned() -> Learned:

@@ -115,6 +115,8 @@ class Quantizer:
             raise ValueError(
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
+        if self.learned and self.stochastic:
+            raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
         if self.learned and (not isinstance(self.format, (Codebook, Int)) or self.scaling is not None):
             raise ValueError(f"learned() trains centroids and steps, {self.format} has neither: drop calibrator=")
 

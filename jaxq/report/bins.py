@@ -56,5 +56,7 @@ def _together(h: Histogram) -> Histogram:
 
 def widest(levels: np.ndarray) -> np.ndarray:
     """Return the grid of the layer whose grid is widest, ascending: [*stack, n] -> [n]."""
+    if not levels.size:
+        return np.zeros(0, np.float32)
     rows = np.reshape(levels, (-1, levels.shape[-1]))
     return np.sort(rows[np.argmax(np.abs(rows).max(-1, initial=0))])

@@ -2,9 +2,9 @@
 
     MACs = runs * terms * outputs            BOPs = MACs * bits of one operand * bits of the other
 
-Products of codes that have no integer kernel are products of decoded floats, and are counted as such. Weights are read
-from DRAM once per run, packed as they are held, a lookup only the rows it takes; activations pass through SRAM once, in
-at the width of their codes, out at the width of the result.
+BOPs go by the width of the numbers, energy by how they are multiplied: codes that have no integer kernel are decoded,
+and their products are those of floats. Weights are read from DRAM once per run, packed as they are held, a lookup only
+the rows it takes; activations pass through SRAM once, in at the width of their codes, out at the width of the result.
 """
 
 import math

@@ -1,6 +1,7 @@
 """The report of a model as it is stored: what converted parameters and their plan tell without running anything."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
-from jaxq.interpretation.arguments import take_apart
+from jaxq.io.tree import leaf_names
 from jaxq.numbers import blocks, histogram, noise
 from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.levels import levels
@@ -38,28 +39,27 @@ def saved_report(qparams: Any, plan: Plan, *, reference: Any = None) -> Report:
     >>> report.bytes, report.sites[0].operand("weight").levels.shape
     (Both(float=64, quantized=32), (255,))
     """
-    stored = _leaves(qparams)
-    exact = {} if reference is None else _leaves(reference)
-    sites = tuple(_site(decision, stored, exact) for decision in plan.decisions)
-    total = sum(_float_bytes(leaf) for leaf in stored.values())
-    note = ESTIMATED if reference is None else COMPARED
-    return Report(plan, sites, None, Both(total, nbytes(qparams)), None, 0, "", note)
+    return report_of(leaf_names(qparams, plan), plan, None if reference is None else leaf_names(reference, plan))
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves by the names that sites know them by."""
-    layout, leaves = take_apart((tree,), {}, 0)
-    return {"/".join(name): leaf for name, leaf in zip(layout.names, leaves, strict=True)}
+def report_of(leaves: Mapping[str, Any], plan: Plan, exact: Mapping[str, Any] | None = None) -> Report:
+    """Return the report of leaves by the names that a plan calls them by; exact: the float ones, to compare with."""
+    sites = tuple(_site(decision, leaves, exact or {}) for decision in plan.decisions)
+    held = [leaf for leaf in leaves.values() if leaf is not None]
+    total = sum(_float_bytes(leaf) for leaf in held)
+    return Report(plan, sites, None, Both(total, nbytes(held)), None, 0, "", ESTIMATED if exact is None else COMPARED)
 
 
 def _float_bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf.nbytes
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
-def _site(decision: Decision, stored: dict[str, Any], exact: dict[str, Any]) -> SiteReport:
+def _site(decision: Decision, stored: Mapping[str, Any], exact: Mapping[str, Any]) -> SiteReport:
     site = decision.site
     origins = site.weight.origins if site.weight else ()
-    missing = [name for name in origins if name not in stored]
+    missing = [name for name in origins if stored.get(name) is None]
     if missing:
         raise ValueError(f"site '{site.name}' is made of {', '.join(missing)}, which these parameters do not hold")
     leaves = [stored[name] for name in origins]

@@ -58,7 +58,7 @@ class Embedding:
         """Axes of the table that every lookup takes whole."""
         whole = zip(self.slice_sizes, self.table_shape, strict=True)
         indexed = self.numbers.start_index_map
-        return (tuple(a for a, (size, n) in enumerate(whole) if size == n and a not in indexed),)
+        return (tuple(a for a, (size, n) in enumerate(whole) if size == n and (n > 1 or a not in indexed)),)
 
     def terms(self, shapes) -> int:
         """Nothing is summed."""
