@@ -172,3 +172,19 @@ def test_plain_values_and_code_come_back(tmp_path):
     loaded, _ = jaxq.load(tmp_path / "m", like=params)
     assert loaded["values"] == values and loaded["f"] is jnp.tanh
     assert jax.random.key_data(loaded["k"]).tolist() == jax.random.key_data(params["k"]).tolist()
+
+
+def test_numpy_scalars_are_kept(tmp_path):
+    f, params = (lambda p, x: float(p["a"]) * (x @ p["w"])), {"a": np.float32(2), "w": jnp.eye(4)}
+    plan = jaxq.make_plan(f, jaxq.w8a8())(params, jnp.ones((2, 4)))
+    jaxq.save(tmp_path / "model", jaxq.convert(f, plan)(params, jnp.ones((2, 4))), plan)
+    assert float(jaxq.load(tmp_path / "model")[0]["a"]) == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scales_that_are_not_finite_are_refused(tmp_path, bad):
+    f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
+    plan = jaxq.make_plan(f, jaxq.w8a8())(params, jnp.ones((2, 4)))
+    q = jaxq.convert(f, plan)(params, jnp.ones((2, 4)))["w"]
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        jaxq.save(tmp_path / "model", {"w": dataclasses.replace(q, scale=q.scale * bad)}, plan)

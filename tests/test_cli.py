@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxq
 from jaxq.cli.main import main
@@ -146,3 +147,36 @@ def test_report_says_what_it_cannot_read_or_write(files, capsys, tmp_path):
     for words in (["report", files / "export"], ["report", files / "model", "--html", tmp_path / "no" / "page.html"]):
         code, printed = called(capsys, *words)
         assert code == 2 and printed.out == "" and printed.err.startswith(str(words[-1]))
+
+
+def test_leaves_of_one_name_are_all_looked_at(capsys, tmp_path):
+    """Two arguments that hold a leaf of the same name."""
+    plan = jaxq.make_plan(lambda a, b, x: x @ a["w"] @ b["w"], jaxq.weight_only(), argnums=(0, 1))(
+        {"w": jnp.eye(4)}, {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    )
+    for name, size in (("a", 1.0), ("b", 2.0)):
+        jaxq.save(tmp_path / name, ({"w": size * jnp.eye(4)}, {"w": jnp.eye(4)}), plan)
+    code, printed = called(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    assert code == 1 and "other values" in printed.out
+    assert "2 leaves" in called(capsys, "inspect", tmp_path / "a")[1].out
+
+
+def test_zero_points_on_one_side_differ(capsys, tmp_path):
+    for symmetric in (True, False):
+        policy = jaxq.weight_only(jaxq.int8(symmetric=symmetric))
+        plan = jaxq.make_plan(f, policy)(PARAMS, X)
+        jaxq.save(tmp_path / str(symmetric), jaxq.convert(f, plan)(PARAMS, X), plan)
+    code, printed = called(capsys, "diff", tmp_path / "True", tmp_path / "False")
+    assert code == 1 and "zero points" in printed.out
+
+
+def test_report_takes_the_names_of_modules_and_several_arguments(capsys, tmp_path):
+    module = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    plan = jaxq.make_plan(lambda m, x: m(x), jaxq.w8a8())(module, jnp.ones((2, 8)))
+    jaxq.save(tmp_path / "module", jaxq.convert(lambda m, x: m(x), plan)(module, jnp.ones((2, 8))), plan)
+    two = jaxq.make_plan(lambda a, b, x: x @ a["w"] @ b["v"], jaxq.w8a8(), argnums=(0, 1))
+    pair = ({"w": jnp.eye(4)}, {"v": jnp.eye(4)})
+    jaxq.save(tmp_path / "pair", pair, two(*pair, jnp.ones((2, 4))))
+    for name in ("module", "pair"):
+        code, printed = called(capsys, "report", tmp_path / name)
+        assert code == 0 and "MACs" in printed.out, printed.err

@@ -11,6 +11,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 import jaxq
+from jaxq.io import compressed_reader
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {
@@ -235,3 +236,17 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path):
     with pytest.raises(ValueError, match="square with one scale"):
         jaxq.save_compressed_tensors(tmp_path, jaxq.convert(lambda p, x: x @ p["w"], plan)(square, X[:, :8]), plan)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_index_lists_other_files_is_refused(tmp_path):
+    f, params, x = (lambda p, x: x @ p["up"]), {"up": jnp.eye(8)}, jnp.ones((2, 8))
+    plan = jaxq.make_plan(f, jaxq.w8a8())(params, x)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(jaxq.FileError, match="choose another folder"):
+        jaxq.save_compressed_tensors(tmp_path, jaxq.convert(f, plan)(params, x), plan)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(a+)+$"])
+def test_hostile_patterns_are_refused(pattern):
+    with pytest.raises(ValueError, match="pattern|repeats a group"):
+        compressed_reader._fits(pattern, "a" * 40)

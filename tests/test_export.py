@@ -129,3 +129,18 @@ def test_programs_with_state_are_refused():
         jaxq.export(run, plan, module, x, platforms=("cpu",))
     module.eval()
     jaxq.export(run, plan, jaxq.convert(run, plan)(module, x), x, platforms=("cpu",), verify=x)
+
+
+def test_depthwise_convolutions_are_exported_in_their_form():
+    """Of a symbolic batch too: not as a convolution for every channel."""
+
+    def f(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["k"], (1, 1), "SAME", dimension_numbers=layout, feature_group_count=16
+        )
+
+    params, x = {"k": jnp.ones((3, 3, 1, 16))}, jnp.ones((2, 5, 5, 16))
+    plan = jaxq.make_plan(f, jaxq.w8a8())(params, x)
+    artifact = jaxq.export(f, plan, jaxq.convert(f, plan)(params, x), x, platforms=("cpu",), verify=x)
+    assert "stablehlo.convolution" not in jax.export.deserialize(bytearray(artifact.data)).mlir_module()

@@ -234,3 +234,10 @@ def test_bins_keep_counts_and_edges():
     width = bins.edges[1] - bins.edges[0]
     assert bins.counts.sum() == 5000 and len(bins.counts) <= 50
     assert abs(bins.low - x.min()) <= width and abs(bins.high - x.max()) <= width
+
+
+@pytest.mark.parametrize("quantizer", [jaxq.bfloat16(), jaxq.int16()], ids=repr)
+def test_formats_of_many_levels_are_drawn_without_a_grid(quantizer):
+    f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    report = jaxq.report(f, jaxq.weight_only(quantizer), progress=False)(params, [x])
+    assert json.loads(report.to_json())["sites"][0]["name"] == "w"

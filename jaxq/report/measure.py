@@ -54,7 +54,7 @@ def report(
                 plan = make_plan(f, plan, argnums=argnums)(*args, **kwargs)
             layout, leaves = floats_only(args, kwargs, argnums)
             output, sights = compare(Static(layout), frozenset(plan.unobserved()), plan, leaves)
-            check_finite(sights, number)
+            check_finite({name: sights[name] for name in plan.names if name in sights}, number)
             whole = _Whole(output, sights, 1) if whole is None else _added(whole, output, sights)
             if number == 0:
                 first = _first(f, plan, (params, batch, kwargs), argnums)
