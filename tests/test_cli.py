@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 import jaxq
@@ -180,3 +181,9 @@ def test_report_takes_the_names_of_modules_and_several_arguments(capsys, tmp_pat
     for name in ("module", "pair"):
         code, printed = called(capsys, "report", tmp_path / name)
         assert code == 0 and "MACs" in printed.out, printed.err
+
+
+def test_control_characters_of_a_file_stay_in_the_file(capsys, tmp_path):
+    safetensors.numpy.save_file({"\x1b[31mred": np.ones(2, np.float32)}, tmp_path / "file")
+    code, printed = called(capsys, "inspect", tmp_path / "file")
+    assert code == 0 and "\\x1b[31mred" in printed.out and "\x1b" not in printed.out

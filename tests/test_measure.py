@@ -150,3 +150,9 @@ def test_times_are_medians_of_each_call():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "time", clock)
         np.testing.assert_array_equal(timing.seconds(calls), [2.0, 10.0])
+
+
+def test_groups_are_named_as_what_they_become():
+    f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.ones((32, 8))}, jnp.ones((1, 32))
+    scheme = jaxq.Scheme(weight=jaxq.int4(group=16), act=jaxq.int8())
+    assert "a product for each group" in str(jaxq.explain(f, scheme)(params, x))

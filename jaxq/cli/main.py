@@ -46,9 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _print(text: str) -> int:
-    """Print; a reader that has gone (`| head`) is no error."""
+    """Print, a file's control characters escaped; a reader that has gone (`| head`) is no error."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     try:
-        print(text, flush=True)
+        print(plain, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

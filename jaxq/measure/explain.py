@@ -90,6 +90,9 @@ def form_of(item: Located, decision: Decision, platform: str) -> str:
     if not decision.is_integer:
         return "decoded, then float"
     operands = alone.coded(item, decision)
+    pairs = zip(item.op.contracted, operands, strict=True)
+    if isinstance(item.op, Dot) and any(q.grid[axis] != 1 for axes, q in pairs for axis in axes):
+        return "a product for each group"
     if platform != forms.GPU and isinstance(item.op, Dot) and nibbles.packed_side(item.op, operands) is not None:
         return "halves of bytes"
     return forms.choose(platform, item.op, *operands).name
