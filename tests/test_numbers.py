@@ -341,7 +341,7 @@ def test_linear_quantize(symmetric, signed, axis):
         kept = {a % 3 for a in ((axis,) if isinstance(axis, int) else axis or ())}
         grid = tuple(n if a in kept else 1 for a, n in enumerate(x.shape))
         q, scale, zero = jaxq.linear_quantize(x, bits, symmetric=symmetric, signed=signed, axis=axis)
-        assert q.dtype == (jnp.int8 if signed else jnp.uint8) and scale.dtype == jnp.float32 and zero.dtype == q.dtype
+        assert q.dtype == (jnp.int8 if signed else jnp.uint8) and scale.dtype == jnp.float32 and zero.dtype == jnp.int32
         assert q.shape == x.shape and scale.shape == zero.shape == grid
         ends = [oracle.collapse(x, grid, reduce) for reduce in (np.minimum, np.maximum)]
         want, real_zero = oracle.affine(*ends, bits, signed=signed, symmetric=symmetric)
