@@ -90,7 +90,7 @@ def test_a_wide_weight_gradient_is_the_one_of_float_backward_products():
     assert sorted(kinds) == [("float32", "float32"), ("int8", "int8"), ("int8", "int8")]
 
 
-@pytest.mark.parametrize("name", ["linen_cnn_eval", "mlp"])
+@pytest.mark.parametrize("name", ["mlp"])
 def test_models_have_the_gradients_of_float(name):
     entry = model(name)
 

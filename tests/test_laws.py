@@ -47,7 +47,7 @@ def planned(name: str, recipe: str) -> jaxq.Plan:
 
 # Zero points and weights alone go through every model too, most of them in the long run.
 CASES = [
-    (name, recipe) if recipe in ("dynamic", "static") or number % 4 == 0 else pytest.param(name, recipe, marks=LONG)
+    (name, recipe) if recipe in ("dynamic", "static") or number % 8 == 0 else pytest.param(name, recipe, marks=LONG)
     for number, name in enumerate(NAMES)
     for recipe in RECIPES
 ]
