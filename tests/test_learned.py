@@ -100,9 +100,9 @@ def test_forward_and_second_derivatives_by_the_plan(plan):
     np.testing.assert_allclose(bend, numeric, rtol=2e-2, atol=1e-2)
 
 
-def test_training_plan_and_parameters_lowers_the_loss(plan):
-    target = model(weights(), X)
-    optimizer = optax.adam(1e-2)
+def trained_together(plan, rate, count):
+    """Return plan and weights after steps of Adam towards the float model's outputs, and the loss before each step."""
+    target, optimizer = model(weights(), X), optax.adam(rate)
 
     def loss(pair):
         return jnp.mean((jaxq.qat(model, pair[0])(pair[1], X) - target) ** 2)
@@ -114,11 +114,16 @@ def test_training_plan_and_parameters_lowers_the_loss(plan):
         return optax.apply_updates(pair, updates), state, value
 
     pair, state, losses = (plan, weights()), optimizer.init((plan, weights())), []
-    for _ in range(40):
+    for _ in range(count):
         pair, state, value = step(pair, state)
         losses.append(float(value))
+    return pair, losses
+
+
+def test_training_plan_and_parameters_lowers_the_loss(plan):
+    (plan, _), losses = trained_together(plan, 1e-2, 40)
     assert losses[-1] < 0.3 * losses[0]
-    np.testing.assert_array_equal(pair[0].range("head")[1].count, 1)
+    np.testing.assert_array_equal(plan.range("head")[1].count, 1)
 
 
 def test_learned_codebooks_of_activations(plan):
@@ -229,23 +234,8 @@ def test_steps_train_with_the_weights_and_serve_what_they_trained():
     }
     plan = jaxq.calibrate(model, policy, progress=False)(weights(), [X, 2 * X])
     assert plan.range("layers")[1].value.shape == (3, 1, 8) and plan.range("layers")[0].value.shape == (3, 1, 1)
-    target, optimizer = model(weights(), X), optax.adam(3e-2)
-
-    def loss(pair):
-        return jnp.mean((jaxq.qat(model, pair[0])(pair[1], X) - target) ** 2)
-
-    @jax.jit
-    def step(pair, state):
-        value, gradient = jax.value_and_grad(loss)(pair)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(pair, updates), state, value
-
-    pair, state, losses = (plan, weights()), optimizer.init((plan, weights())), []
-    for _ in range(60):
-        pair, state, value = step(pair, state)
-        losses.append(float(value))
+    (plan, params), losses = trained_together(plan, 3e-2, 60)
     assert min(losses) < 0.3 * losses[0]
-    plan, params = pair
     negative = jax.tree.map(lambda leaf: -leaf, plan.range("head")[1].value)
     (layers, head) = plan.ranges
     flipped = jaxq.Plan(plan.decisions, (layers, (head[0], head[1]._replace(value=negative))))
