@@ -29,7 +29,7 @@ import numpy as np
 
 import jaxq
 import timing
-from bench_models import DEEP, MODELS, Model
+from bench_models import DEEP, MODELS, Model, training_step
 from variants import VARIANTS, call_of
 
 LEARNING_RATE = 1e-4
@@ -97,17 +97,6 @@ def inference(settings: Settings) -> Table:
 # Training
 
 
-def training_step(predict: Callable, model: Model) -> Callable:
-    """Return a compiled step: loss, gradient and SGD update, the weights donated."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(params: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(lambda p: model.loss(predict(p, x), target))(params)
-        return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradient), loss
-
-    return step
-
-
 def trained(step: Callable, params: Any, x: jax.Array, target: jax.Array) -> timing.Call:
     """Return a call that takes the next step of one training run."""
 
@@ -130,7 +119,7 @@ def training(settings: Settings) -> Table:
             "and SwitchBack": jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8())),
         }
         forwards = {"float32": model.apply} | {v: jaxq.qat(model.apply, s) for v, s in schemes.items()}
-        calls = {v: trained(training_step(f, model), params, x, target) for v, f in forwards.items()}
+        calls = {v: trained(training_step(f, model, LEARNING_RATE), params, x, target) for v, f in forwards.items()}
         if settings.peers:
             start = functools.partial(qwix_training, model, params, x, target)
             calls |= attempt("qwix int8 QAT dynamic", start)
@@ -297,7 +286,7 @@ def qwix_training(model: Model, params: Any, x: jax.Array, target: jax.Array) ->
 
     rule = qwix.QtRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)
     module, flat = qwix_module(model, params, qwix.QtProvider([rule]))
-    return trained(training_step(lambda p, x: module.apply({"params": p}, x), model), flat, x, target)
+    return trained(training_step(lambda p, x: module.apply({"params": p}, x), model, LEARNING_RATE), flat, x, target)
 
 
 def onnx_inference(name: str, params: Any, x: jax.Array) -> timing.Call:

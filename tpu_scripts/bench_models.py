@@ -5,6 +5,7 @@ Each is a `Model` with an init, an apply, an example batch and a loss. Products 
 import; under `jax.eval_shape` nothing is allocated at all.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -35,6 +36,17 @@ class Model(NamedTuple):
     example_input: Callable[[jax.Array], jax.Array]
     example_target: Callable[[jax.Array], jax.Array]
     loss: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def training_step(predict: Callable, model: Model, rate: float) -> Callable:
+    """Return a compiled step: loss, gradient and SGD update at a learning `rate`, the weights donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(params: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array]:
+        loss, gradient = jax.value_and_grad(lambda p: model.loss(predict(p, x), target))(params)
+        return jax.tree.map(lambda p, g: p - rate * g, params, gradient), loss
+
+    return step
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -8,8 +8,6 @@ changes. The targets are made up: a fixed batch is learned by heart. Runs on CPU
 """
 
 import argparse
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxq
-from bench_models import MODELS, Model
+from bench_models import MODELS, training_step
 
 LEARNING_RATE = 1e-2
 
@@ -28,17 +26,6 @@ def spread(batch: Any) -> tuple[Any, NamedSharding]:
     count = len(devices) if all(leaf.shape[0] % len(devices) == 0 for leaf in jax.tree.leaves(batch)) else 1
     mesh = jax.sharding.Mesh(devices[:count], ("batch",))
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch"))), NamedSharding(mesh, PartitionSpec())
-
-
-def training_step(predict: Callable, model: Model) -> Callable:
-    """Return a compiled step of gradient descent on the loss of `predict`."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(params: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(lambda p: model.loss(predict(p, x), target))(params)
-        return jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradient), loss
-
-    return step
 
 
 def main() -> None:
@@ -53,7 +40,7 @@ def main() -> None:
     params = jax.device_put(model.init(weights), everywhere)
     print(f"{options.model} on {len(x.sharding.device_set)} of {jax.devices()}")
 
-    step = training_step(jaxq.qat(model.apply, jaxq.w8a8()), model)
+    step = training_step(jaxq.qat(model.apply, jaxq.w8a8()), model, LEARNING_RATE)
     for number in range(options.steps):
         params, loss = step(params, x, target)
         if number % max(1, options.steps // 10) == 0:
