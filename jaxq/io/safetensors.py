@@ -86,7 +86,7 @@ def write_plain(file: BinaryIO, arrays: Mapping[str, Any], metadata: Mapping[str
 
 def _contents(entries: list[tuple[str, Any]]) -> Iterator[Any]:
     for _, array in entries:
-        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _header(entries: list[tuple[str, Any]], metadata: Mapping[str, str]) -> bytes:
@@ -209,7 +209,7 @@ def _check_sum(arrays: Mapping[str, np.ndarray], data: np.ndarray) -> int | None
     stated = arrays.get(CHECKSUM)
     if stated is None:
         return None
-    checksum = zlib.crc32(memoryview(data[:-4]))
+    checksum = zlib.crc32(data[:-4].data)
     if stated.tobytes() != checksum.to_bytes(4, "little") or data[-4:].tobytes() != stated.tobytes():
         raise ValueError("its checksum is wrong: bits were lost or flipped")
     return checksum
