@@ -211,7 +211,7 @@ def test_unknown_dtype(build):
     refuses(build[1], r"Int\(|int8\(\)")
 
 
-@pytest.mark.parametrize("calibrator", ["ema", 0.9, jaxq.ema], ids=repr)
+@pytest.mark.parametrize("calibrator", ["ema", 0.9, jaxq.ema], ids=["name", "number", "maker"])
 def test_unknown_calibrator(calibrator):
     refuses(lambda: jaxq.w8a8(static=True, calibrator=calibrator), "calibrator", r"minmax|ema|MinMax|EMA")
 

@@ -1,6 +1,7 @@
 """The forms of every platform are exact, wherever they run, and each platform gets its own.
 
 A form is a program of integers, so that those of a GPU and a TPU can be run on a CPU; there they are slow, not wrong.
+Where the tests run on an accelerator, its own forms are run, and no others: their compilers refuse some.
 """
 
 import functools
@@ -13,16 +14,22 @@ import pytest
 from hypothesis import given
 
 import oracle
-from jaxq.lowering import cudnn, forms
+from jaxq.lowering import channels_last, cudnn, forms
 from test_kernels import CONVS, DOTS, convs, quick, read_conv, read_dot, seeds
 
 # Forms that only these shapes reach, or reach with several parts.
 MORE_DOTS = {
     "weight [k, n] on the left": ((65, 9), (4, 65), ((0,), (1,)), ((), ())),
     "weight [k, n] on the left of two axes": ((40, 9), (2, 3, 40), ((0,), (2,)), ((), ())),
+    "many rows": ((80, 65), (65, 72), ((1,), (0,)), ((), ())),
+    "many rows, heads back": ((2, 40, 3, 5), (3, 5, 66), ((2, 3), (0, 1)), ((), ())),
+    "many rows, scores": ((2, 67, 3, 8), (2, 65, 3, 8), ((3,), (3,)), ((0, 2), (0, 2))),
+    "along the sum, of whole tiles": ((8, 64), (12, 64), ((1,), (1,)), ((), ())),
 }
 SAME, ONE, LAST = ((1, 1), (1, 1)), (1, 1), ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 LINE = ((0, 2, 1), (2, 1, 0), (0, 2, 1))
+BOX, FIRST3 = ((0, 4, 1, 2, 3), (4, 3, 0, 1, 2), (0, 4, 1, 2, 3)), ((0, 1, 2, 3, 4),) * 3
+HERE = {"cpu": forms.EVERYWHERE, "gpu": (forms.GPU,)}.get(jax.default_backend(), (forms.TPU,))
 MORE_CONVS = {
     "parts of channels": ((1, 4, 4, 230), (3, 3, 230, 5), (ONE, SAME, ONE, ONE, LAST, 1)),
     "parts of the window": ((1, 60, 50, 2), (40, 52, 2, 3), ((9, 7), ((2, 3), (4, 1)), ONE, ONE, LAST, 1)),
@@ -30,6 +37,18 @@ MORE_CONVS = {
     "transposed by three": ((2, 5, 4, 3), (5, 2, 3, 4), (ONE, ((2, 3), (0, 1)), (3, 2), ONE, LAST, 1)),
     "transposed, window below the step": ((1, 4, 4, 3), (1, 2, 3, 2), (ONE, ((0, 2), (1, 0)), (3, 3), ONE, LAST, 1)),
     "transposed, negative padding": ((1, 5, 4, 3), (3, 3, 3, 2), (ONE, ((-2, -1), (1, -3)), (2, 2), ONE, LAST, 1)),
+    "wide padding": ((2, 4, 5, 6), (3, 2, 6, 17), ((2, 1), ((4, 3), (0, 2)), ONE, (1, 2), LAST, 1)),
+    "wide and negative padding": ((2, 4, 5, 6), (2, 2, 6, 17), (ONE, ((3, -1), (-2, 4)), ONE, ONE, LAST, 1)),
+    "NWHC, apart": ((4, 2, 5, 6), (3, 6, 2, 17), (ONE, SAME, ONE, ONE, ((1, 3, 0, 2), (3, 1, 0, 2), (1, 3, 2, 0)), 1)),
+    "lines first": ((2, 6, 9), (17, 6, 3), ((2,), ((5, 0),), (1,), (2,), ((0, 1, 2),) * 3, 1)),
+    "volumes first": ((2, 6, 4, 5, 3), (17, 6, 2, 3, 2), ((2, 1, 1), ((1, 2),) * 3, (1,) * 3, (1, 1, 2), FIRST3, 1)),
+    "volume below its window": (
+        (1, 2, 3, 3, 6),
+        (4, 1, 1, 6, 17),
+        ((1,) * 3, ((0, 0),) * 3, (1,) * 3, (1,) * 3, BOX, 1),
+    ),
+    "tiles": ((2, 9, 8, 3), (4, 4, 3, 5), ((4, 4), ((1, -2), (0, 1)), ONE, ONE, LAST, 1)),
+    "large tiles": ((1, 19, 9, 2), (9, 8, 2, 3), ((9, 8), ((0, 0), (0, 0)), ONE, ONE, LAST, 1)),
     "transposed, grouped": ((1, 4, 4, 6), (3, 3, 3, 4), (ONE, SAME, (2, 2), ONE, LAST, 2)),
 }
 
@@ -42,6 +61,7 @@ def some_codes(rng, shape):
 
 def check(op, shapes, sums, seed=0, platforms=(forms.GPU, forms.TPU)):
     """Assert that the forms of platforms sum random codes, and the largest ones, to what the oracle says."""
+    platforms = [platform for platform in platforms if platform in HERE]
     rng = np.random.default_rng(seed)
     pairs = [tuple(some_codes(rng, s) for s in shapes), tuple(np.full(s, -128, np.int8) for s in shapes)]
     run = jax.jit(lambda pairs: [[forms.sums_on(p, op, *pair) for p in platforms] for pair in pairs])
@@ -107,16 +127,48 @@ def test_each_platform_gets_its_own_form():
     assert count("cpu") == (0, 1) and count("cuda") == (1, 0) and count("tpu") == (1, 0)
     assert min(count("cpu", "cuda", "tpu")) > 0
     got = export("cpu", "cuda", "tpu").call(a, b)
-    np.testing.assert_array_equal(got, forms.sums_on(forms.TPU, op, jnp.asarray(a), jnp.asarray(b)))
+    np.testing.assert_array_equal(
+        got, oracle.conv_general_dilated(*(x.astype(np.int64) for x in (a, b)), *CONVS["NHWC"][2])
+    )
+
+
+def emitted_for(dims):
+    """Return the equations of a product, those of what it calls included."""
+    body = jax.make_jaxpr(functools.partial(forms.sums, read_dot(dims)))(*map(codes_of, dims[:2])).jaxpr
+    return [eqn.primitive.name for eqn in body.eqns], str(body)
 
 
 def test_products_that_do_not_differ_are_not_a_choice():
-    dense = jax.make_jaxpr(functools.partial(forms.sums, read_dot(DOTS["large"])))(*map(codes_of, DOTS["large"][:2]))
-    assert [eqn.primitive.name for eqn in dense.eqns] == ["dot_general"]
-    row = jax.make_jaxpr(functools.partial(forms.sums, read_dot(DOTS["row and column"])))(
-        *map(codes_of, DOTS["row and column"][:2])
-    )
-    assert "cond" in [eqn.primitive.name for eqn in row.eqns]
+    assert emitted_for(MORE_DOTS["along the sum, of whole tiles"])[0] == ["dot_general"]
+    assert "platform_index" in emitted_for(DOTS["row and column"])[1]
+
+
+def test_products_on_a_gpu_have_whole_tiles():
+    """Its compiler counts products twice in tiles cut short; only vectors are exempt, which it takes for sums."""
+    for name, dims in {**DOTS, **MORE_DOTS}.items():
+        op = read_dot(dims)
+        body = jax.make_jaxpr(functools.partial(forms.sums_on, forms.GPU, op))(*map(codes_of, dims[:2])).jaxpr
+        (product,) = [eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"] or [None]
+        if product is None or 0 in (*dims[0], *dims[1]):
+            continue
+        (contract, batch), shapes = product.params["dimension_numbers"], [v.aval.shape for v in product.invars]
+        rows = [np.prod(s) / np.prod([s[a] for a in (*c, *b)]) for s, c, b in zip(shapes, contract, batch, strict=True)]
+        terms = np.prod([shapes[0][axis] for axis in contract[0]])
+        assert 1 in rows or (terms % 32 == 0 and all(n % 4 == 0 for n in rows)), name
+
+
+@pytest.mark.parametrize("name", [*CONVS, *MORE_CONVS])
+def test_convolutions_on_a_cpu_are_those_of_its_vector_kernel(name):
+    """Two spatial axes, channels last, no output larger than its image; but for a transposed, strided one."""
+    dims = {**CONVS, **MORE_CONVS}[name]
+    op, shapes = read_conv(dims), [codes_of(shape) for shape in dims[:2]]
+    body = jax.make_jaxpr(functools.partial(forms.sums_on, forms.CPU, op))(*shapes).jaxpr
+    for eqn in body.eqns:
+        if eqn.primitive.name != "conv_general_dilated" or 0 in (*dims[0], *dims[1]) or op.lhs_spec == (0, 1):
+            continue
+        assert tuple(eqn.params["dimension_numbers"]) == channels_last.IMAGE or name == "transposed, strided, atrous"
+        sizes = zip(eqn.outvars[0].aval.shape[1:3], eqn.invars[0].aval.shape[1:3], strict=True)
+        assert all(out <= image for out, image in sizes) or name == "transposed, strided, atrous"
 
 
 def test_every_form_is_reached():

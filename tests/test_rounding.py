@@ -103,7 +103,9 @@ def test_stochastic_rounding__stays_between_neighbours():
         stochastic(jax.random.key(0), jnp.ones(3, jnp.float16))
 
 
-@pytest.mark.parametrize("rounding", [*ORACLES, functools.partial(stochastic, jax.random.key(3))], ids=str)
+@pytest.mark.parametrize(
+    "rounding", [*ORACLES, functools.partial(stochastic, jax.random.key(3))], ids=[*map(str, ORACLES), "stochastic"]
+)
 def test_straight_through_rounds_and_differentiates_as_the_identity(rounding):
     x = jnp.float32([-2.5, -0.3, 0.49999997, 1e-3, 7.0, 2**24 + 2, np.inf])
     v = jnp.arange(1, 8, dtype=jnp.float32)

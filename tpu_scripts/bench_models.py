@@ -7,7 +7,7 @@ import; under `jax.eval_shape` nothing is allocated at all.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -47,6 +47,18 @@ def training_step(predict: Callable, model: Model, rate: float) -> Callable:
         return jax.tree.map(lambda p, g: p - rate * g, params, gradient), loss
 
     return step
+
+
+def trained(step: Callable, params: Any, x: jax.Array, target: jax.Array) -> Callable[[], Any]:
+    """Return a call that takes the next step of one training run."""
+
+    def steps() -> Iterator[Any]:
+        weights = jax.tree.map(jnp.copy, params)
+        while True:
+            weights, loss = step(weights, x, target)
+            yield weights, loss
+
+    return steps().__next__
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -197,16 +209,17 @@ def _layer(params: Params, x: jax.Array) -> jax.Array:
 
 def encoder_init(key: jax.Array, layers: int = 6) -> Params:
     """Return the weights of an encoder of width 384, with 12 heads and feed-forward width 1536."""
-    return _stack_init(key, layers, WIDTH, HEADS, FFN)
+    return stack_init(key, layers, WIDTH, HEADS, FFN)
 
 
-def _stack_init(key: jax.Array, layers: int, width: int, heads: int, ffn: int) -> Params:
+def stack_init(key: jax.Array, layers: int, width: int, heads: int, ffn: int) -> Params:
+    """Return the weights of layers of attention and feed-forward, and of a last normalization."""
     keys = jax.random.split(key, layers)
     return {**{f"layer{i}": _layer_init(k, width, heads, ffn) for i, k in enumerate(keys)}, "norm": _norm_init(width)}
 
 
-def encoder_apply(params: Params, x: jax.Array) -> jax.Array:
-    """Run the encoder, unrolled, normalization first: [b, t, 384] to [b, t, 384]."""
+def stack_apply(params: Params, x: jax.Array) -> jax.Array:
+    """Run the layers, unrolled, normalization first: [b, t, width] to [b, t, width]."""
     for index in range(len(params) - 1):
         x = _layer(params[f"layer{index}"], x)
     return _norm(params["norm"], x)
@@ -221,7 +234,7 @@ def _deep_init(key: jax.Array) -> Params:
 
 def decoder_init(key: jax.Array) -> Params:
     """Return the weights of a decoder of width 1024, with 16 heads and feed-forward width 4096."""
-    return _stack_init(key, DECODER_LAYERS, DECODER_WIDTH, DECODER_HEADS, DECODER_FFN)
+    return stack_init(key, DECODER_LAYERS, DECODER_WIDTH, DECODER_HEADS, DECODER_FFN)
 
 
 # MobileNetV2 at half the width, without batch normalization (Sandler et al. 2018)
@@ -317,11 +330,11 @@ _TOKEN = _normal(1, 1, DECODER_WIDTH)
 MODELS = {
     "mlp": Model(mlp_init, mlp_apply, _normal(128, 1024), _labels(128), cross_entropy),
     "resnet18": Model(resnet18_init, resnet18_apply, _normal(8, 32, 32, 3), _labels(8), cross_entropy),
-    "encoder": Model(encoder_init, encoder_apply, _TOKENS, _TOKENS, mean_square),
+    "encoder": Model(encoder_init, stack_apply, _TOKENS, _TOKENS, mean_square),
     "mobilenet": Model(mobilenet_init, mobilenet_apply, _normal(8, 96, 96, 3), _labels(8), cross_entropy),
-    "decoder": Model(decoder_init, encoder_apply, _TOKEN, _TOKEN, mean_square),
+    "decoder": Model(decoder_init, stack_apply, _TOKEN, _TOKEN, mean_square),
     "lstm": Model(lstm_init, lstm_apply, _normal(LSTM_BATCH, LSTM_STEPS, LSTM_WIDTH), _labels(16), cross_entropy),
 }
 
 # Only ever traced: 48 unrolled layers, 384 products.
-DEEP = Model(_deep_init, encoder_apply, _TOKENS, _TOKENS, mean_square)
+DEEP = Model(_deep_init, stack_apply, _TOKENS, _TOKENS, mean_square)

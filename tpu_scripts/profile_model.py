@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 import jaxq
-from bench import example
 from bench_models import MODELS
+from measurements import example
 from variants import VARIANTS, call_of
 
 CALLS = 10

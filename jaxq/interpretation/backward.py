@@ -18,12 +18,13 @@ import numpy as np
 from jax import lax
 
 from jaxq import lowering
+from jaxq.lowering import matrices
 from jaxq.numbers import codecs
 from jaxq.numbers.formats import Integers
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs import jaxpr, ops
-from jaxq.programs.ops import Op
+from jaxq.programs.ops import Dot, Op
 
 Operand = jax.Array | QArray
 INT32_MAX = 2**31 - 1
@@ -86,7 +87,8 @@ def _transposed(op: Op, number: int, shape: tuple[int, ...], other: tuple[int, .
     plain = dataclasses.replace(op, precision=None, out_dtype=np.dtype("float32"))
 
     def forward(x: jax.Array, y: jax.Array) -> jax.Array:
-        return plain.apply(*((x, y) if number == 0 else (y, x)))
+        pair = (x, y) if number == 0 else (y, x)
+        return matrices.product(plain, *pair) if isinstance(plain, Dot) else plain.apply(*pair)
 
     def backward(g: jax.Array, y: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: forward(x, y), _float32(shape))(g)[0]

@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxq import lowering
 from jaxq.decisions.scheme import Backward
 from jaxq.interpretation import backward
+from jaxq.lowering import matrices
 from jaxq.numbers import codecs, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
@@ -178,6 +179,8 @@ def _product_jvp(task: Task, primals, tangents):
 
 def _linear(op: Op, *operands) -> jax.Array:
     """Run the operation on tangents: what a lookup out of bounds is filled with is a constant, its tangent zero."""
+    if isinstance(op, Dot):
+        return matrices.product(op, *operands)
     return op.apply(*operands, fill_value=0) if isinstance(op, Embedding) else op.apply(*operands)
 
 

@@ -6,6 +6,7 @@ emitted. A form may hand smaller products on (`then`), for which the table is re
 the choice when the program is lowered, so that one `jax.export` holds the right one for every platform it is made for.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.decisions import table
-from jaxq.lowering import cudnn, depthwise, flipped, grouped, narrow, patches, rows, transposed
+from jaxq.lowering import channels_last, cudnn, depthwise, flipped, grouped, narrow, patches, rows, rowwise, transposed
 from jaxq.programs.ops import Conv, Dot
 
 Sums = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -52,6 +53,7 @@ def _plain(op: Any, a: jax.Array, b: jax.Array, then: Sums) -> jax.Array:
 FORMS = (
     Form(Dot, "two rows", (CPU,), rows.suits, rows.product, "products with one row are loops without vectors"),
     Form(Dot, "flipped", (CPU,), flipped.suits, flipped.product, "a left operand summed over its first axis is slow"),
+    Form(Dot, "rowwise", (GPU,), rowwise.suits, rowwise.product, "int8 tensor cores read along the sum"),
     Form(Dot, "dot", EVERYWHERE, _always, _plain, "vector instructions, tensor cores, the matrix unit"),
     Form(
         Conv, "phases", (CPU, GPU), transposed.suits, transposed.convolve, "most products of a dilated image are zero"
@@ -61,6 +63,7 @@ FORMS = (
         Conv, "shifted products", EVERYWHERE, depthwise.suits, depthwise.convolve, "one channel leaves nothing to sum"
     ),
     Form(Conv, "groups", (CPU, GPU), grouped.suits, grouped.convolve, "slow on a CPU, wrong in cuDNN (openxla 49123)"),
+    Form(Conv, "channels last", (CPU,), channels_last.suits, channels_last.convolve, "the layout of the vector kernel"),
     Form(Conv, "filled up", (CPU,), narrow.suits, narrow.convolve, "no vector kernel for few channels on both sides"),
     Form(Conv, "float sums", (GPU,), _always, cudnn.convolve, "cuDNN gives out float32, exact below 2^24"),
     Form(Conv, "convolution", (CPU, TPU), _always, _plain, "vector instructions, the matrix unit"),
@@ -90,6 +93,12 @@ def sums(op: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     found = {choose(platform, op, a, b) for platform in EVERYWHERE}
     if len(found) == 1 and found <= LEAVES:
         return sums_on(TPU, op, a, b)
+    return _by_platform(op, a, b)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_platform(op: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the sums in the form of each platform, of which lowering keeps one; traced once for its shapes."""
 
     def on(platform: str) -> Callable:
         return lambda a, b: sums_on(platform, op, a, b)

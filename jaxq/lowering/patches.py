@@ -24,7 +24,13 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     dense = op.feature_groups == 1 and op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
     sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
     known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
-    return dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and 1 < taps <= MOST_TAPS
+    few = dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and taps > 1
+    return few and (taps <= MOST_TAPS or _are_tiles(op, kernel))
+
+
+def _are_tiles(op: Conv, kernel: Any) -> bool:
+    """Tell whether windows lie side by side."""
+    return op.strides == tuple(kernel.shape[axis] for axis in op.rhs_spec[2:]) and set(op.rhs_dilation) <= {1}
 
 
 def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
@@ -36,13 +42,29 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in op.padding), (0, 0, 0)))
     sizes = [kernel.shape[axis] for axis in window]
     lengths = tap_lengths(op, x, sizes)
-    shifted = [tap_of(op, x, offset, lengths) for offset in itertools.product(*(range(size) for size in sizes))]
     weights = lax.transpose(kernel, (*window, into, out)).reshape(-1, kernel.shape[out])
     rank = x.ndim
     numbers = (((rank - 1,), (0,)), ((), ()))
-    sums = lax.dot_general(lax.concatenate(shifted, rank - 1), weights, numbers, preferred_element_type=jnp.int32)
+    seen = _tiles(x, sizes, lengths) if _are_tiles(op, kernel) else _taps(op, x, sizes, lengths)
+    sums = lax.dot_general(seen, weights, numbers, preferred_element_type=jnp.int32)
     order = {op.out_spec[0]: 0, op.out_spec[1]: rank - 1, **{axis: n + 1 for n, axis in enumerate(op.out_spec[2:])}}
     return lax.transpose(sums, [order[axis] for axis in range(rank)])
+
+
+def _taps(op: Conv, x: jax.Array, sizes: list[int], lengths: list[int]) -> jax.Array:
+    """Return what each window sees, [batch, *output, taps and channels], tap by tap."""
+    offsets = itertools.product(*(range(size) for size in sizes))
+    return lax.concatenate([tap_of(op, x, offset, lengths) for offset in offsets], x.ndim - 1)
+
+
+def _tiles(x: jax.Array, sizes: list[int], lengths: list[int]) -> jax.Array:
+    """Return the same where windows lie side by side: the image, cut up."""
+    ends = [size * length for size, length in zip(sizes, lengths, strict=True)]
+    x = lax.slice(x, (0,) * x.ndim, (x.shape[0], *ends, x.shape[-1]))
+    split = [n for pair in zip(lengths, sizes, strict=True) for n in pair]
+    axes = range(1, 2 * len(sizes) + 1)
+    x = lax.transpose(lax.reshape(x, (x.shape[0], *split, x.shape[-1])), (0, *axes[::2], *axes[1::2], len(axes) + 1))
+    return lax.reshape(x, (x.shape[0], *lengths, math.prod(sizes) * x.shape[-1]))
 
 
 def tap_lengths(op: Conv, x: jax.Array, sizes: list[int]) -> list[int]:

@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from jaxq.lowering import rowwise
 from jaxq.lowering.codes import signed
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import RaggedDot
@@ -17,7 +20,7 @@ def integer_ragged_dot(op: RaggedDot, lhs: QArray, rhs: QArray, sizes: jax.Array
     def per_row(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (experts, *x.shape[1:]))[group, 0, :]
 
-    acc = op.apply(a, b, sizes, *rest, out_dtype=jnp.int32)
+    acc = _sums(op, a, b, sizes, *rest)
     if za is not None:
         acc = acc - za * per_row(jnp.sum(b, 1, dtype=jnp.int32, keepdims=True))
     if zb is not None:
@@ -26,3 +29,21 @@ def integer_ragged_dot(op: RaggedDot, lhs: QArray, rhs: QArray, sizes: jax.Array
         acc = acc + k * za * per_row(zb)
     inside = jnp.arange(a.shape[0]) < jnp.sum(sizes)
     return jnp.where(inside[:, None], acc, 0), lhs.scale * per_row(rhs.scale)
+
+
+def _sums(op: RaggedDot, a: jax.Array, b: jax.Array, *rest) -> jax.Array:
+    """Return the int32 product of codes; on a GPU of operands filled up to whole tiles, as every product there."""
+
+    def plain(a, b, *rest):
+        return op.apply(a, b, *rest, out_dtype=jnp.int32)
+
+    def filled(a, b, *rest):
+        (m, k), n = a.shape, b.shape[2]
+        more_m, more_k, more_n = -m % rowwise.ROWS, -k % rowwise.TERMS, -n % rowwise.ROWS
+        a = lax.pad(a, np.int8(0), [(0, more_m, 0), (0, more_k, 0)])
+        b = lax.pad(b, np.int8(0), [(0, 0, 0), (0, more_k, 0), (0, more_n, 0)])
+        return lax.slice(plain(a, b, *rest), (0, 0), (m, n))
+
+    if 0 in (*a.shape, *b.shape) or not rowwise.is_cut((a.shape[0], b.shape[2]), a.shape[1]):
+        return plain(a, b, *rest)
+    return lax.platform_dependent(a, b, *rest, cuda=filled, default=plain)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -71,6 +72,31 @@ def collapse(x: jax.Array, grid: Sequence[int], reduce: Callable) -> jax.Array:
             split += [g, n // g]
     blocked = x if tuple(split) == x.shape else lax.reshape(x, split)
     return lax.reshape(reduce(blocked, tuple(axes)), grid) if axes else x
+
+
+# Rows that become one in one go, and the fewest that are worth it.
+THIN, MANY = 16, 64
+
+
+def thinned(x: jax.Array, grid: Sequence[int], larger: Callable) -> jax.Array:
+    """Return `x` with every sixteen rows made one by `larger`, where `grid` has its columns: part of a `collapse`.
+
+    XLA:CPU reduces with maximum and minimum in a kernel of its own, for which it writes out the array that is reduced;
+    windows by any other function are fused with what comes before them. Unlike a reduction, a window is never split
+    between devices, so `larger` may be a function that they cannot exchange.
+    """
+    axis = next((a for a in range(x.ndim - 2, -1, -1) if grid[a] == 1 and x.shape[a] != 1), None)
+    suits = axis is not None and grid[-1] == x.shape[-1] and isinstance(x.shape[axis], int)
+    if not suits or x.shape[axis] < MANY or x.shape[axis] % THIN or not _is_whole(x, axis):
+        return x
+    window = [THIN if a == axis else 1 for a in range(x.ndim)]
+    return lax.reduce_window(x, np.zeros((), x.dtype), larger, window, window, "VALID")
+
+
+def _is_whole(x: jax.Array, axis: int) -> bool:
+    """Tell whether an axis is not known to be spread over devices."""
+    spec = jax.typeof(x).sharding.spec
+    return axis >= len(spec) or spec[axis] is None
 
 
 def hide(tree):

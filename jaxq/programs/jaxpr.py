@@ -324,7 +324,8 @@ class Context:
 
     def __init__(self, eqn: Eqn):
         info = eqn.source_info
-        stack = source_info_util.current_name_stack() + info.name_stack
+        around = source_info_util.current_name_stack()
+        stack = around + info.name_stack if around.stack else info.name_stack
         self.source = source_info_util.user_context(info.traceback, name_stack=stack)
         self.configuration = eqn.ctx.manager
 

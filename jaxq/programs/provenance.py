@@ -47,12 +47,9 @@ def parameter(index: int, rank: int) -> Value:
 
 def join(values: Iterable[Value]) -> Value:
     """Return what holds of something that may be any of `values`, or made of all of them."""
-    values = list(values)
-    if not values:
-        return CONSTANT
-    first = values[0]
-    if all(value == first for value in values):
-        return first
+    values = list(dict.fromkeys(values))
+    if len(values) < 2:
+        return values[0] if values else CONSTANT
     return Value(
         frozenset().union(*(v.sources for v in values)),
         all(v.pure for v in values),
@@ -185,6 +182,8 @@ def _derived(eqn: Eqn, ins: list[Value]) -> Value:
 def _data(impure: list[Value], ins: list[Value]) -> Value:
     """Return the value of what is computed from data: weights that went in by the way leave no trace but `variant`."""
     first = impure[0]
+    if len(ins) == 1:
+        return first
     if all(v is first or v.variant <= first.variant for v in ins) and all(v is first or v == first for v in impure):
         return first
     near = frozenset().union(*(v.near for v in impure))
