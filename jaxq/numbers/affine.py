@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 # Below this a scale's reciprocal would overflow float32, above it nothing is lost but codes of denormal numbers.
 TINY = np.float32(2.0**-120)
 LARGEST = np.finfo(np.float32).max
-# Its last 22 bits are zero, and a sum with an integer below 2^22 has that integer there, in two's complement.
-BESIDE = np.float32(1.5 * 2**23)
+# A sum with an integer below 2^22 has it in its last bits, next to this number's own. Those are not zero (but even, for
+# ties), so that taking them away is an instruction: ptxas 13.0 stores a sum as a byte converted, not cut.
+BESIDE = np.float32(1.5 * 2**23 + 128)
 
 
 class Affine(NamedTuple):
@@ -218,7 +219,7 @@ def encode(quantizer: Quantizer, x: jax.Array, affine: Affine, key: jax.Array | 
 def _nearest(quantizer: Quantizer, x: jax.Array, affine: Affine) -> jax.Array:
     """Return codes rounded to nearest even and saturated, read from the bits of a sum: at the speed of memory.
 
-    Next to 1.5 * 2^23 float32 has the integers and nothing between: the sum rounds, and its last bits are the code.
+    Next to 1.5 * 2^23 float32 has the integers and nothing between: the sum rounds, and its bits count the integers.
     The clip comes first, which no compiler can contract with the sum.
     """
     low, high = (np.float32(end) for end in quantizer.bounds())
@@ -228,7 +229,7 @@ def _nearest(quantizer: Quantizer, x: jax.Array, affine: Affine) -> jax.Array:
     else:
         zero = blocks.spread(lax.convert_element_type(zero, jnp.int32), x.shape)
         steps = jnp.clip(steps, low - _float32(zero), high - _float32(zero))
-    codes = lax.bitcast_convert_type(lax.add(steps, BESIDE), jnp.int32)
+    codes = lax.sub(lax.bitcast_convert_type(lax.add(steps, BESIDE), jnp.int32), BESIDE.view(np.int32))
     return lax.convert_element_type(codes if zero is None else codes + zero, quantizer.format.storage)
 
 
