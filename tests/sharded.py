@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 
 KEYS = jax.random.split(jax.random.key(0), 3)
-PARAMS = {"up": jax.random.normal(KEYS[0], (64, 32)), "down": jax.random.normal(KEYS[1], (32, 16))}
+PARAMS = {"up": jax.random.normal(KEYS[0], (64, 128)), "down": jax.random.normal(KEYS[1], (128, 16))}
 X = jax.random.normal(KEYS[2], (8, 64))
 LAYOUT = {"up": P(None, "m"), "down": P("m", None)}
 

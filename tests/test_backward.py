@@ -12,6 +12,8 @@ import jaxq
 from inspection import assert_bitwise, cosine, products
 from zoo import model
 
+pytestmark = pytest.mark.shared
+
 BOTH = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.int8())
 SWITCHBACK = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8()))
 

@@ -14,6 +14,8 @@ from scipy import special, stats
 from jaxq.numbers import clipping, histogram
 from jaxq.numbers.histogram import BINS, HALF
 
+pytestmark = pytest.mark.shared
+
 SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 GAUSS, LAPLACE = stats.norm(), stats.laplace(scale=0.5**0.5)
 

@@ -15,6 +15,8 @@ from scipy import special, stats
 import jaxq
 from jaxq.numbers import clustering, lloyd
 
+pytestmark = pytest.mark.shared
+
 SETTINGS = hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=300)
 
 # Max 1960, to more digits: the mean squared error of the best quantizer of 1, 2, 3, 4 bits.

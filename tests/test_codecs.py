@@ -8,6 +8,8 @@ import pytest
 
 import jaxq
 
+pytestmark = pytest.mark.shared
+
 HIGHEST = float(np.finfo(np.float32).max)
 
 

@@ -13,6 +13,8 @@ from safetensors import safe_open
 import jaxq
 from jaxq.io import compressed_reader
 
+pytestmark = pytest.mark.shared
+
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {
     "layer": {"up": {"kernel": jax.random.normal(KEYS[0], (64, 20)), "bias": jnp.arange(20.0)}},

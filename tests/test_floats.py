@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from jaxq.numbers import microscaling
 from jaxq.numbers.floats import BFLOAT16, E2M1, E2M3, E3M2, E4M3, E5M2, FLOAT16, Float, decode, encode
 
+pytestmark = pytest.mark.shared
+
 # Format: (NumPy's dtype, bits, largest number, exponent of the largest binade). OCP OFP8; OCP MX v1.0, section 5.3.
 KNOWN = {
     FLOAT16: (np.float16, 16, 65504.0, 15),

@@ -23,6 +23,8 @@ import oracle
 from jaxq.numbers import codecs, packing
 from jaxq.numbers.floats import BFLOAT16, E2M1, E2M3, E4M3, E5M2, FLOAT16
 
+pytestmark = pytest.mark.shared
+
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Two float32 roundings on the way to a ratio: next to a tie either neighbour is right.

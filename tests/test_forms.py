@@ -17,6 +17,8 @@ import oracle
 from jaxq.lowering import channels_last, cudnn, forms
 from test_kernels import CONVS, DOTS, convs, quick, read_conv, read_dot, seeds
 
+pytestmark = pytest.mark.shared
+
 # Forms that only these shapes reach, or reach with several parts.
 MORE_DOTS = {
     "weight [k, n] on the left": ((65, 9), (4, 65), ((0,), (1,)), ((), ())),

@@ -6,6 +6,7 @@ and the surrogate of a whole loss can be evaluated nearby, which gives its secon
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from jax import lax
 
 import jaxq
 import oracle
+from jaxq.lowering import matrices
+from jaxq.programs import ops
+
+pytestmark = pytest.mark.shared
 
 CLOSE = {jnp.float32: 1e-5, jnp.bfloat16: 2.0**-6, jnp.float16: 2.0**-9}
 
@@ -486,3 +491,32 @@ def test_observing_is_differentiable():
     qx, qw, _, right = case.surrogate()
     assert_close(got["w"], right * (qx.T @ (2 * qx @ qw)))
     assert float(moved.range("w")[0].count) == 2 and float(moved.range("w")[0].hi) == float(x.max())
+
+
+PRODUCTS = {
+    "a dense layer": ("btd,df->btf", (2, 5, 6), (6, 3)),
+    "heads": ("btd,dhk->bthk", (2, 5, 6), (6, 2, 3)),
+    "heads back": ("bthk,hkd->btd", (2, 5, 2, 3), (2, 3, 6)),
+    "experts": ("ebd,edf->ebf", (3, 4, 5), (3, 5, 2)),
+    "scores": ("bqhk,bshk->bhqs", (2, 5, 3, 4), (2, 6, 3, 4)),
+    "summed axes in another order": ("btkh,hkd->btd", (2, 5, 3, 2), (2, 3, 6)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_matrices_are_products_of_all_axes(name):
+    """And so are their derivatives; of whole numbers, so that the order of sums does not matter."""
+    spec, *shapes = PRODUCTS[name]
+    a, b = (jnp.round(4 * jax.random.normal(jax.random.key(n), shape)) for n, shape in enumerate(shapes))
+    body = jax.make_jaxpr(functools.partial(jnp.einsum, spec))(a, b).jaxpr
+    (eqn,) = [eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"]
+    op = ops.read(eqn)
+    pair = (a, b) if eqn.invars[0] is body.invars[0] else (b, a)
+    out = op.apply(*pair)
+    g = jnp.round(4 * jax.random.normal(jax.random.key(2), out.shape))
+    for got, want in zip(
+        jax.tree.leaves((matrices.product(op, *pair), jax.vjp(functools.partial(matrices.product, op), *pair)[1](g))),
+        jax.tree.leaves((out, jax.vjp(op.apply, *pair)[1](g))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)

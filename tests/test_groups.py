@@ -13,6 +13,8 @@ import oracle
 from inspection import assert_bitwise, products
 from jaxq import Scheme
 
+pytestmark = pytest.mark.shared
+
 DEPTH = 48
 
 # Group of the activations, group of the weight; None is one scale per token or channel.

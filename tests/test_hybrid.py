@@ -22,6 +22,8 @@ import oracle
 from inspection import assert_bitwise
 from jaxq import Quantizer, Scheme
 
+pytestmark = pytest.mark.shared
+
 WIDTH = 64
 ROWS = 8
 

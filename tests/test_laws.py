@@ -45,6 +45,20 @@ def planned(name: str, recipe: str) -> jaxq.Plan:
     return plan.check(observed=True)
 
 
+@functools.cache
+def in_float(name: str):
+    """Return what a model gives under `jit`."""
+    entry = model(name)
+    return jax.jit(entry.fn)(entry.params, *entry.args)
+
+
+@functools.cache
+def in_training(name: str, recipe: str):
+    """Return what a model gives with quantization in force."""
+    entry = model(name)
+    return jax.jit(jaxq.qat(entry.fn, planned(name, recipe)))(entry.params, *entry.args)
+
+
 # Zero points and weights alone go through every model too, most of them in the long run.
 CASES = [
     (name, recipe) if recipe in ("dynamic", "static") or number % 8 == 0 else pytest.param(name, recipe, marks=LONG)
@@ -56,25 +70,22 @@ CASES = [
 @pytest.mark.parametrize("name, recipe", CASES)
 def test_train_equals_serve(name, recipe):
     entry, plan = model(name), planned(name, recipe)
-    trained = jax.jit(jaxq.qat(entry.fn, plan))(entry.params, *entry.args)
     converted = jaxq.convert(entry.fn, plan)(entry.params, *entry.args)
-    assert_bitwise(trained, jax.jit(jaxq.quantize(entry.fn, plan))(converted, *entry.args))
+    assert_bitwise(in_training(name, recipe), jax.jit(jaxq.quantize(entry.fn, plan))(converted, *entry.args))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plan_as_an_argument_is_plan_closed_over(name):
     entry, plan = model(name), planned(name, "static")
-    closed_over = jax.jit(jaxq.qat(entry.fn, plan))(entry.params, *entry.args)
     as_argument = jax.jit(lambda plan, params, *args: jaxq.qat(entry.fn, plan)(params, *args))
-    assert_bitwise(closed_over, as_argument(plan, entry.params, *entry.args))
+    assert_bitwise(in_training(name, "static"), as_argument(plan, entry.params, *entry.args))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_policy_is_jit(name):
     entry = model(name)
-    expected = jax.jit(entry.fn)(entry.params, *entry.args)
-    assert_bitwise(expected, jax.jit(jaxq.quantize(entry.fn, {}))(entry.params, *entry.args))
-    assert_bitwise(expected, jaxq.qat(entry.fn, None)(entry.params, *entry.args))
+    assert_bitwise(in_float(name), jax.jit(jaxq.quantize(entry.fn, {}))(entry.params, *entry.args))
+    assert_bitwise(in_float(name), jaxq.qat(entry.fn, None)(entry.params, *entry.args))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,7 +112,7 @@ def test_every_product_is_a_site_and_every_site_is_integer(name):
 def test_observing_changes_nothing(name):
     entry, plan = model(name), planned(name, "static")
     out, seen = jax.jit(jaxq.observe(entry.fn, plan))(entry.params, *entry.args)
-    assert_bitwise(jax.jit(entry.fn)(entry.params, *entry.args), out)
+    assert_bitwise(in_float(name), out)
     assert [d.site for d in seen.decisions] == [d.site for d in plan.decisions]
 
 
@@ -114,10 +125,7 @@ def test_plans_survive_json(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized_outputs_are_near(name):
-    entry, plan = model(name), planned(name, "dynamic")
-    exact = arrays(jax.jit(entry.fn)(entry.params, *entry.args))
-    near = arrays(jaxq.qat(entry.fn, plan)(entry.params, *entry.args))
-    for a, b in zip(exact, near, strict=True):
+    for a, b in zip(arrays(in_float(name)), arrays(in_training(name, "dynamic")), strict=True):
         assert np.abs(a.astype(np.float64) - b).max() <= 0.03 * max(np.abs(a.astype(np.float64)).max(), 1e-6)
 
 
@@ -138,6 +146,7 @@ def test_gradients_point_where_float_gradients_point(name):
     def floats(tree):
         return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
+    assert all(np.isfinite(leaf).all() for leaf in floats(exact))
     # Most are above 0.999; rounding moves a few of the tiny networks' units across the kinks of ReLU and max-pooling.
     assert cosine(floats(exact), floats(near)) >= 0.98
 

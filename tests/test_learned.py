@@ -12,6 +12,8 @@ from jaxq.numbers import clustering, learning
 from jaxq.numbers.formats import Int
 from jaxq.numbers.parameters import Parameters
 
+pytestmark = pytest.mark.shared
+
 
 def kmeans(size=4, **options):
     return jaxq.kmeans(size, calibrator=jaxq.learned(), **options)

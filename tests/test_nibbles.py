@@ -16,6 +16,8 @@ from jaxq.numbers import packing
 from jaxq.numbers.qarray import Packing
 from test_kernels import constant_codes, read_dot, read_op, some_codes
 
+pytestmark = pytest.mark.shared
+
 INT8, INT4, INT4_WITH_ZERO = (8, True, False), (4, True, False), (4, True, True)
 FORMS = {
     "one row": ((1, 70), (70, 10), ((1,), (0,)), ((), ())),

@@ -15,7 +15,10 @@ from jax import lax
 
 import jaxq
 import oracle
+from jaxq.numbers import affine
 from jaxq.numbers.affine import Affine, encode
+
+pytestmark = pytest.mark.shared
 
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -227,8 +230,7 @@ def test_a_given_scale_is_exact_on_its_numbers(form, symmetric, exponent, seed):
     zero = None if symmetric else jnp.asarray([rng.integers(low, high, endpoint=True)], jnp.int32)
     codes = np.arange(low, high + 1)
     q = jaxq.QArray(jnp.asarray(codes, form.storage), jnp.asarray([scale]), zero, form, jnp.float32)
-    affine = Affine(q.scale, zero)
-    np.testing.assert_array_equal(encode(quantizer, q.decode(), affine), codes)
+    np.testing.assert_array_equal(encode(quantizer, q.decode(), Affine(q.scale, zero)), codes)
     want = ((codes - (0 if symmetric else int(zero[0]))) * np.float64(scale)).astype(np.float32)
     np.testing.assert_array_equal(q.decode(), want)
     far = encode(quantizer, jnp.asarray([-1e3, 1e3, 3e38, -3e38], jnp.float32) * scale, affine)
@@ -592,3 +594,22 @@ def test_calibration_is_a_loop():
     for x in batches[1:]:
         lo, hi = 0.75 * lo + 0.25 * ends([x])[0], 0.75 * hi + 0.25 * ends([x])[1]
     np.testing.assert_allclose([plan.range("w")[0].lo, plan.range("w")[0].hi], [lo, hi], rtol=1e-6)
+
+
+def test_bits_of_a_code_are_computed_not_cut_out():
+    """What stands beside a code in the sum is even, for ties, and not zero in the byte that is stored."""
+    beside = int(affine.BESIDE.view(np.int32))
+    assert beside % 2 == 0 and beside % 256 != 0 and affine.BESIDE == 2**23 + 2**22 + 128
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (128, 5, 7), (3, 3, 80, 33), (96, 1), (64, 2, 64), (65, 4)])
+def test_ranges_of_thinned_weights_are_exact(shape):
+    """Over leading axes, in pieces; NaN and infinity anywhere are seen."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    grid = (1,) * (len(shape) - 1) + shape[-1:]
+    raw_scale = jax.jit(lambda x: affine.raw_scale(jaxq.int8(), x, grid))
+    np.testing.assert_array_equal(-raw_scale(x), np.abs(x).max(tuple(range(len(shape) - 1)), keepdims=True))
+    for bad in (np.nan, np.inf, -np.inf):
+        hit = x.copy()
+        hit[(*(n // 2 for n in shape[:-1]), 0)] = bad
+        assert np.isneginf(np.ravel(raw_scale(hit))).tolist() == [n == 0 for n in range(shape[-1])]

@@ -17,6 +17,8 @@ from inspection import arrays, assert_bitwise, products
 from jaxq import Plan, Scheme
 from zoo import NAMES, model
 
+pytestmark = pytest.mark.shared
+
 MINMAX = {"per_tensor": True, "calibrator": jaxq.minmax()}
 STATIC = jaxq.int8(**MINMAX)
 W8 = jaxq.int8()

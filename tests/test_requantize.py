@@ -28,6 +28,8 @@ from jaxq.numbers.requantize import (
     to_codes,
 )
 
+pytestmark = pytest.mark.shared
+
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)
 LOW, HIGH = -(2**31), 2**31 - 1
 EXTREMES = np.array(

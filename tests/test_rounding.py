@@ -25,6 +25,8 @@ from jaxq.numbers.rounding import (
     straight_through,
 )
 
+pytestmark = pytest.mark.shared
+
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)
 
 ORACLES: dict[Rounding, Callable] = {

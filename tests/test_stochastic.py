@@ -7,6 +7,8 @@ import pytest
 
 import jaxq
 
+pytestmark = pytest.mark.shared
+
 ROUNDED = {
     "int4": jaxq.int4(rounding=jaxq.Stochastic()),
     "fixed": jaxq.fixed(6, 3, rounding=jaxq.Stochastic()),

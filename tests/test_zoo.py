@@ -1,4 +1,7 @@
-"""The zoo is sound before anything is quantized: each model runs, is finite, repeats itself and has a gradient."""
+"""The zoo is sound before anything is quantized: each model runs, is finite and repeats itself.
+
+What gradients it has is known to the laws, which look at those of floats too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +45,7 @@ def test_outputs_are_finite_and_repeat(name):
         assert np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_finite(name):
-    entry = model(name)
-    if not entry.reverse:
-        with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-            _gradient(entry)
-        return
-    for leaf in jax.tree.leaves(_gradient(entry)):
-        assert np.isfinite(leaf).all()
+@pytest.mark.parametrize("name", [name for name in NAMES if not model(name).reverse])
+def test_loops_of_unknown_length_have_no_gradient(name):
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        _gradient(model(name))
