@@ -87,7 +87,14 @@ def explicit(policy):
         plan = ready(network, policy)
         assert_same(policy, jaxq.qat(fn, plan)(params, x), expected)
         gradients = jax.grad(lambda params: jaxq.qat(fn, plan)(params, x).sum())(params)
-        assert gradients["up"].shape == (64, 32)
+        assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, PARAMS)
+        # Several axes on both sides of a product, one of them spread.
+        heads = jax.device_put(params["up"].reshape(64, 8, 16), NamedSharding(mesh, P(None, "m", None)))
+        tokens = jax.device_put(jnp.stack([X, -X], 1), NamedSharding(mesh, P("d", None, None)))
+        attention = lambda w, x: jnp.einsum("btd,dhk->bthk", x, w)  # noqa: E731
+        got, pull = jax.vjp(jaxq.qat(attention, jaxq.w8a8()), heads, tokens)
+        assert_same(policy, got, jaxq.qat(attention, jaxq.w8a8())(*map(jax.device_get, (heads, tokens))))
+        assert all(bool(jnp.isfinite(g).all()) for g in pull(got))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxq.numbers.blocks import spread_axes
 from jaxq.programs.ops import Dot
 
 # Products with fewer rows are bound by reading the other operand, once as it is.
@@ -25,7 +26,8 @@ ROWS, TERMS = 4, 32
 
 def suits(op: Dot, a: Any, b: Any) -> bool:
     """Tell whether a product of matrices has other sizes, or many rows and an operand not stored along the sum."""
-    if op.out_sharding is not None or any(isinstance(n, int) and n == 0 for n in (*a.shape, *b.shape)):
+    spread = op.out_sharding is not None or any(isinstance(x, jax.Array) and any(spread_axes(x)) for x in (a, b))
+    if spread or any(isinstance(n, int) and n == 0 for n in (*a.shape, *b.shape)):
         return False
     sides = [(side, x, _rows(op, side, x)) for side, x in enumerate((a, b))]
     if any(_is(rows, 1) for _, _, rows in sides):

@@ -87,16 +87,16 @@ def thinned(x: jax.Array, grid: Sequence[int], larger: Callable) -> jax.Array:
     """
     axis = next((a for a in range(x.ndim - 2, -1, -1) if grid[a] == 1 and x.shape[a] != 1), None)
     suits = axis is not None and grid[-1] == x.shape[-1] and isinstance(x.shape[axis], int)
-    if not suits or x.shape[axis] < MANY or x.shape[axis] % THIN or not _is_whole(x, axis):
+    if not suits or x.shape[axis] < MANY or x.shape[axis] % THIN or spread_axes(x)[axis]:
         return x
     window = [THIN if a == axis else 1 for a in range(x.ndim)]
     return lax.reduce_window(x, np.zeros((), x.dtype), larger, window, window, "VALID")
 
 
-def _is_whole(x: jax.Array, axis: int) -> bool:
-    """Tell whether an axis is not known to be spread over devices."""
+def spread_axes(x: jax.Array) -> list[bool]:
+    """Tell for each axis whether it is known to be spread over devices, by explicit sharding."""
     spec = jax.typeof(x).sharding.spec
-    return axis >= len(spec) or spec[axis] is None
+    return [axis < len(spec) and spec[axis] is not None for axis in range(x.ndim)]
 
 
 def hide(tree):
