@@ -520,3 +520,13 @@ def test_products_of_matrices_are_products_of_all_axes(name):
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
+
+
+def test_codes_wait_for_the_backward_pass():
+    """And no decoded copies: what is kept in float is what the program had anyway."""
+    w, x = (jax.random.normal(jax.random.key(n), (24, 24)) for n in range(2))
+    scheme = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8())
+    kept = jax.tree.leaves(jax.vjp(jax.jit(jaxq.qat(lambda w, x: x @ w, scheme)), w, x)[1])
+    kept = [np.asarray(leaf) for leaf in kept if leaf.shape == w.shape]
+    assert sum(leaf.dtype == np.int8 for leaf in kept) == 2
+    assert all(np.array_equal(leaf, w) or np.array_equal(leaf, x) for leaf in kept if leaf.dtype != np.int8)

@@ -20,8 +20,8 @@ class Row:
     model: str
     variant: str
     ratio: timing.Ratio
-    milliseconds: float
-    reference_milliseconds: float
+    amount: float
+    reference_amount: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Table:
     ratio: str
     reference: str
     rows: list[Row]
+    unit: str = "ms"
 
 
 def speed_up(model: str, variant: str, blocks: timing.Blocks, reference: str = "float32") -> Row:
@@ -44,6 +45,12 @@ def relative_time(model: str, variant: str, blocks: timing.Blocks, reference: st
     """Compare with the reference: which part of its time."""
     ratio = timing.ratio(blocks, variant, reference)
     return Row(model, variant, ratio, timing.milliseconds(blocks, variant), timing.milliseconds(blocks, reference))
+
+
+def relative_size(model: str, variant: str, size: float, reference: float) -> Row:
+    """Compare sizes in bytes: which part of the reference's; told in MiB."""
+    ratio = size / reference
+    return Row(model, variant, timing.Ratio(ratio, ratio, ratio), size / 2**20, reference / 2**20)
 
 
 def processor() -> str:
@@ -82,13 +89,13 @@ def markdown(table: Table) -> str:
         "",
         f"Ratio: {table.ratio}; median of block pairs, quartiles in brackets.",
         "",
-        f"| ratio | quartiles | model | variant | ms | {table.reference}, ms |",
+        f"| ratio | quartiles | model | variant | {table.unit} | {table.reference}, {table.unit} |",
         "|---:|:---:|---|---|---:|---:|",
     ]
     for row in table.rows:
         median, low, high = row.ratio
-        times = f"{row.milliseconds:.2f} | {row.reference_milliseconds:.2f}"
-        lines.append(f"| **{median:.2f}** | [{low:.2f}, {high:.2f}] | {row.model} | {row.variant} | {times} |")
+        amounts = f"{row.amount:.2f} | {row.reference_amount:.2f}"
+        lines.append(f"| **{median:.2f}** | [{low:.2f}, {high:.2f}] | {row.model} | {row.variant} | {amounts} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ import timing
 from bench_large import large
 from bench_models import DEEP, MODELS, Model, trained, training_step
 from bench_peers import LEARNING_RATE, attempt, onnx_inference, qwix_inference, qwix_training
-from bench_tables import Table, relative_time, speed_up
+from bench_tables import Table, relative_size, relative_time, speed_up
 from variants import VARIANTS, call_of
 
 
@@ -68,23 +68,47 @@ def inference(settings: Settings) -> Table:
 # Training
 
 
+def forwards(model: Model) -> dict[str, Callable]:
+    """Return what is trained: the float model, and with quantization in force."""
+    int8 = jaxq.int8()
+    schemes = {
+        "int8 QAT dynamic": jaxq.Scheme(weight=int8, act=int8),
+        "and SwitchBack": jaxq.Scheme(weight=int8, act=int8, grad=jaxq.Backward(act=int8)),
+    }
+    return {"float32": model.apply} | {variant: jaxq.qat(model.apply, s) for variant, s in schemes.items()}
+
+
 def training(settings: Settings) -> Table:
     """Measure training steps: float32 and quantization-aware with dynamic ranges, without and with int8 gradients."""
     rows = []
     for name in settings.models:
         model, params, x, target = example(name)
-        schemes = {
-            "int8 QAT dynamic": jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8()),
-            "and SwitchBack": jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8())),
+        calls = {
+            v: trained(training_step(f, model, LEARNING_RATE), params, x, target) for v, f in forwards(model).items()
         }
-        forwards = {"float32": model.apply} | {v: jaxq.qat(model.apply, s) for v, s in schemes.items()}
-        calls = {v: trained(training_step(f, model, LEARNING_RATE), params, x, target) for v, f in forwards.items()}
         if settings.peers:
             start = functools.partial(qwix_training, model, params, x, target)
             calls |= attempt("qwix int8 QAT dynamic", start)
         blocks = timing.interleave(calls, rounds=settings.rounds, block=settings.block)
         rows += [relative_time(name, variant, blocks, "float32") for variant in calls if variant != "float32"]
     return Table("Training step", "time / float32 time (less is better)", "float32", rows)
+
+
+def memory(settings: Settings) -> Table:
+    """Compile training steps and ask XLA what they hold at once: arguments, results and what is in between."""
+    rows = []
+    for name in settings.models:
+        model, *arguments = example(name)
+        sizes = {v: held(training_step(f, model, LEARNING_RATE), *arguments) for v, f in forwards(model).items()}
+        rows += [relative_size(name, v, sizes[v], sizes["float32"]) for v in sizes if v != "float32"]
+    return Table("Memory of a training step", "bytes / float32's bytes (less is better)", "float32", rows, "MiB")
+
+
+def held(step: Callable, *arguments: Any) -> int:
+    """Return the bytes that a compiled step holds."""
+    found = step.lower(*arguments).compile().memory_analysis()
+    whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return whole - found.alias_size_in_bytes
 
 
 # Tracing and import
@@ -198,6 +222,7 @@ def operations(settings: Settings) -> Table:
 MEASUREMENTS = {
     "inference": inference,
     "training": training,
+    "memory": memory,
     "tracing": tracing,
     "import": import_time,
     "arrays": arrays,

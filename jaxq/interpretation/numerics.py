@@ -3,8 +3,9 @@
 The forward pass of training and of serving is the same function on the same codes. Its derivative treats every
 quantizer as the identity where the rounded value is inside the range and as a constant outside (Jacob et al. 2018,
 section 3), and multiplies *dequantized* operands, in every op: the exact gradient of the imitation in float. It is a
-`custom_jvp`, so forward mode, reverse mode and second derivatives all work. Weights and ranges pass an optimization
-barrier, without which XLA folds constants into other roundings than it uses for arguments.
+`custom_jvp`, so forward mode, reverse mode and second derivatives all work; between the passes operands are kept as
+codes. Weights and ranges pass an optimization barrier, without which XLA folds constants into other roundings than it
+uses for arguments.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from jaxq.numbers.calibrators import Leaf, Range
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs import jaxpr
 from jaxq.programs.ops import Dot, Embedding, Op
 
 
@@ -164,7 +166,6 @@ def _forward(task: Task, operands: tuple, coded: tuple, rest: tuple) -> jax.Arra
 def _product_jvp(task: Task, primals, tangents):
     operands, coded, ranges, rest = primals
     out = _product(task, *primals)
-    smooth = [_smooth(task, n, *pair) for n, pair in enumerate(zip(operands, coded, ranges, strict=True))]
     terms = []
     for n, (x, dx, dr) in enumerate(zip(operands, tangents[0], tangents[2], strict=True)):
         if isinstance(x, QArray):
@@ -173,8 +174,22 @@ def _product_jvp(task: Task, primals, tangents):
         steps = [] if isinstance(dx, SymbolicZero) else [_through(task.quantizers[n], x, coded[n], ranges[n], dx)]
         if isinstance(dr, Parameters) and not _is_still(dr.value):
             steps.append(learning.follow(task.quantizers[n], x, coded[n], ranges[n], _made(dr.value)))
-        terms += [_linear(task.op, *smooth[:n], step, *smooth[n + 1 :], *rest) for step in steps]
+        terms += [_moved(task, n, step, *primals) for step in steps]
     return out, functools.reduce(lax.add, terms) if terms else lax.full_like(out, 0)
+
+
+def _moved(task: Task, number: int, step: jax.Array, *primals) -> jax.Array:
+    """Return how the output moves with a step of one operand, the others decoded.
+
+    Codes wait for the backward pass and are decoded there: a quarter of the memory of what is multiplied.
+    """
+
+    def product(step, operands, coded, ranges, rest):
+        others = zip(operands, coded, ranges, strict=True)
+        smooth = [step if n == number else _smooth(task, n, *other) for n, other in enumerate(others)]
+        return _linear(task.op, *smooth, *rest)
+
+    return jaxpr.recomputed(product, step, *primals)
 
 
 def _linear(op: Op, *operands) -> jax.Array:
