@@ -1,7 +1,7 @@
 """Strict settings for every test, and how long cases are shared out between the versions of Python."""
 
-import collections
 import sys
+import zlib
 
 import jax
 import pytest
@@ -15,15 +15,14 @@ def strict(request):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Leave every other case of a `shared` test to the next version of Python; `-m "long or not long"` runs them all.
+def pytest_collection_modifyitems(config, items):
+    """Leave half of the cases of `shared` tests, by their names, to the next version of Python.
 
-    Arithmetic is the same under every version, and the suite runs under two that follow each other.
+    The suite runs under two that follow each other. `-m "long or not long"` runs all, as does naming a test.
     """
-    seen = collections.Counter()
+    if any("::" in argument for argument in config.args):
+        return
     for item in items:
-        if hasattr(item, "callspec") and item.get_closest_marker("shared"):
-            family = (item.path, item.originalname)
-            if (seen[family] + sys.version_info.minor) % 2:
-                item.add_marker(pytest.mark.long)
-            seen[family] += 1
+        half = (zlib.crc32(item.nodeid.encode()) + sys.version_info.minor) % 2
+        if half and hasattr(item, "callspec") and item.get_closest_marker("shared"):
+            item.add_marker(pytest.mark.long)

@@ -95,6 +95,15 @@ def explicit(policy):
         got, pull = jax.vjp(jaxq.qat(attention, jaxq.w8a8()), heads, tokens)
         assert_same(policy, got, jaxq.qat(attention, jaxq.w8a8())(*map(jax.device_get, (heads, tokens))))
         assert all(bool(jnp.isfinite(g).all()) for g in pull(got))
+        back = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8()))
+        got, pull = jax.vjp(jaxq.qat(attention, back), PARAMS["up"].reshape(64, 8, 16), tokens)
+        assert all(bool(jnp.isfinite(g).all()) for g in pull(got))
+        images = jax.device_put(X[:4, :48].reshape(4, 4, 4, 3), NamedSharding(mesh, P("d", None, None, None)))
+        kernel = PARAMS["up"][:12, :6].reshape(2, 2, 3, 6)
+        layout = ("NHWC", "HWIO", "NHWC")
+        tiles = lambda w, x: jax.lax.conv_general_dilated(x, w, (2, 2), "VALID", dimension_numbers=layout)  # noqa: E731
+        cut = jaxq.qat(tiles, jaxq.w8a8())
+        np.testing.assert_array_equal(cut(kernel, images), cut(kernel, jax.device_get(images)))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import jaxq
 from zoo import model
 from zoo.entry import normal, weight
 
-pytestmark = pytest.mark.shared
-
 SHAPE = jax.ShapeDtypeStruct
 LARGEST = float(np.finfo(np.float32).max)
 W4 = jaxq.Scheme(weight=jaxq.int4(), act=jaxq.int8())

@@ -22,8 +22,6 @@ import oracle
 from jaxq import lowering
 from jaxq.programs import ops
 
-pytestmark = pytest.mark.shared
-
 # Two products and a conversion, each half a unit in the last place of float32.
 ROUNDINGS = 2 * 2.0**-23
 quick = functools.partial(settings, deadline=None, derandomize=True, database=None)

@@ -233,7 +233,7 @@ def test_a_given_scale_is_exact_on_its_numbers(form, symmetric, exponent, seed):
     np.testing.assert_array_equal(encode(quantizer, q.decode(), Affine(q.scale, zero)), codes)
     want = ((codes - (0 if symmetric else int(zero[0]))) * np.float64(scale)).astype(np.float32)
     np.testing.assert_array_equal(q.decode(), want)
-    far = encode(quantizer, jnp.asarray([-1e3, 1e3, 3e38, -3e38], jnp.float32) * scale, affine)
+    far = encode(quantizer, jnp.asarray([-1e3, 1e3, 3e38, -3e38], jnp.float32) * scale, Affine(q.scale, zero))
     np.testing.assert_array_equal(far, [low, high, high, low])
 
 
@@ -594,6 +594,20 @@ def test_calibration_is_a_loop():
     for x in batches[1:]:
         lo, hi = 0.75 * lo + 0.25 * ends([x])[0], 0.75 * hi + 0.25 * ends([x])[1]
     np.testing.assert_allclose([plan.range("w")[0].lo, plan.range("w")[0].hi], [lo, hi], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0x7FC000C5])
+def test_nan_of_every_kind_has_the_code_of_zero(bits):
+    nan = jnp.asarray([bits], jnp.uint32).view(jnp.float32)
+    for quantizer, zero in (
+        (jaxq.int4(), None),
+        (jaxq.int8(), None),
+        (jaxq.uint8(), 133),
+        (jaxq.int8(symmetric=False), -5),
+    ):
+        zero = None if zero is None else jnp.asarray([zero], quantizer.format.storage)
+        code = encode(quantizer, nan, Affine(jnp.float32([0.1]), zero))
+        np.testing.assert_array_equal(code, [0] if zero is None else zero)
 
 
 def test_bits_of_a_code_are_computed_not_cut_out():

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 
 from bench_models import MODELS
-from bench_tables import heading, markdown, surroundings
-from measurements import MEASUREMENTS, Settings
+from bench_tables import Settings, heading, markdown, surroundings
+from measurements import MEASUREMENTS
 
 
 def choice(allowed: Sequence[str]) -> Callable[[str], list[str]]:

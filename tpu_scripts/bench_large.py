@@ -5,7 +5,6 @@ A CPU takes seconds for each of these, so `bench.py` runs them there only when a
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import lax
 
 import timing
 from bench_models import Model, Params, mean_square, stack_apply, stack_init
-from bench_tables import Row, Table, speed_up
+from bench_tables import Row, Settings, Table, speed_up
 from variants import call_of
 
 SIDE = 8192
@@ -81,7 +80,7 @@ def models() -> dict[str, Model]:
     return found
 
 
-def large(settings: Any) -> Table:
+def large(settings: Settings) -> Table:
     """Measure large products and convolutions in int8, against bfloat16."""
     rows: list[Row] = []
     for name, model in models().items():

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,16 @@ import jax
 import timing
 
 PACKAGES = ("jax", "jaxlib", "numpy", "jaxq", "qwix", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run and how long."""
+
+    models: Sequence[str]
+    rounds: int
+    block: int
+    peers: bool
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import functools
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,18 +16,8 @@ import timing
 from bench_large import large
 from bench_models import DEEP, MODELS, Model, trained, training_step
 from bench_peers import LEARNING_RATE, attempt, onnx_inference, qwix_inference, qwix_training
-from bench_tables import Table, relative_size, relative_time, speed_up
+from bench_tables import Settings, Table, relative_size, relative_time, speed_up
 from variants import VARIANTS, call_of
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run and how long."""
-
-    models: Sequence[str]
-    rounds: int
-    block: int
-    peers: bool
 
 
 def example(name: str) -> tuple[Model, Any, jax.Array, jax.Array]:

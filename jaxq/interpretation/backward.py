@@ -20,6 +20,7 @@ from jax import lax
 from jaxq import lowering
 from jaxq.lowering import matrices
 from jaxq.numbers import codecs
+from jaxq.numbers.blocks import spread_axes
 from jaxq.numbers.formats import Integers
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
@@ -64,7 +65,8 @@ def gradient(
     codes, scale = _parted(op, 1 - number, other, len(shape))
     g = lax.convert_element_type(g, jnp.float32)
     g = g if scale is None else lax.mul(g, jnp.broadcast_to(scale, g.shape))
-    body = _transposed(op, number, shape, tuple(codes.shape))
+    spread = any(any(spread_axes(x)) for x in (g, codes))
+    body = _transposed(op, number, shape, tuple(codes.shape), spread)
     return _run(body, rounding, g, codes, other)
 
 
@@ -82,13 +84,16 @@ def _parted(op: Op, side: int, operand: Operand, rank: int) -> tuple[jax.Array, 
 
 
 @functools.lru_cache(maxsize=1024)
-def _transposed(op: Op, number: int, shape: tuple[int, ...], other: tuple[int, ...]) -> jaxpr.Body:
-    """Return the program `(g, other) -> gradient by operand number`: one product with moves around it."""
+def _transposed(op: Op, number: int, shape: tuple[int, ...], other: tuple[int, ...], spread: bool) -> jaxpr.Body:
+    """Return the program `(g, other) -> gradient by operand number`: one product with moves around it.
+
+    spread: whether axes are spread over devices, and so must stay what they are.
+    """
     plain = dataclasses.replace(op, precision=None, out_dtype=np.dtype("float32"))
 
     def forward(x: jax.Array, y: jax.Array) -> jax.Array:
         pair = (x, y) if number == 0 else (y, x)
-        return matrices.product(plain, *pair) if isinstance(plain, Dot) else plain.apply(*pair)
+        return matrices.product(plain, *pair) if isinstance(plain, Dot) and not spread else plain.apply(*pair)
 
     def backward(g: jax.Array, y: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: forward(x, y), _float32(shape))(g)[0]

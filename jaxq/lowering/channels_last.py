@@ -1,7 +1,7 @@
 """Convolution in the one layout that XLA:CPU has a vector kernel for: images [n, h, w, c], kernels [h, w, i, o].
 
-All others, lines and volumes too, run as loops without vectors, a hundred times as long; so do paddings that make the
-output larger than the image. Lines are images of height one. Volumes are a sum over the taps in depth, each a
+All others, lines and volumes too, run as loops without vectors; so do paddings that make the output larger than the
+image. Lines are images of height one. Volumes are a sum over the taps in depth, each a
 convolution of all planes as images. Wide paddings are written out.
 """
 
@@ -13,9 +13,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxq.lowering import patches
+from jaxq.numbers.blocks import spread_axes
 from jaxq.programs.ops import Conv
 
+# A volume's taps in depth become a convolution each.
+MOST_PLANES = 64
 IMAGE = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
@@ -24,7 +26,9 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     dense = op.feature_groups == op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
     sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
     known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
-    if not (dense and known and 3 <= len(image.shape) <= 5):
+    if not (dense and known and 3 <= len(image.shape) <= 5) or any(spread_axes(image)[1:]):
+        return False
+    if len(image.shape) == 5 and kernel.shape[op.rhs_spec[2]] > MOST_PLANES:
         return False
     return (op.lhs_spec, op.rhs_spec, op.out_spec) != IMAGE or _grows(op, image.shape, kernel.shape)
 
@@ -40,8 +44,6 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     """Return int32 sums in the op's output layout."""
     batch, feature, *spatial = op.lhs_spec
     out, into, *window = op.rhs_spec
-    if not (_adjoin(spatial) and _adjoin(window)):
-        return patches.convolve(op, image, kernel, then)
     x = _moved(image, (batch, *spatial, feature), spatial)
     sums = _OVER[len(spatial)](op, x, _moved(kernel, (*window, into, out), window), then)
     order = {op.out_spec[0]: 0, op.out_spec[1]: sums.ndim - 1, **{a: n + 1 for n, a in enumerate(op.out_spec[2:])}}
@@ -54,9 +56,13 @@ def _adjoin(axes: list[int]) -> bool:
 
 def _moved(x: jax.Array, order: tuple[int, ...], space: list[int]) -> jax.Array:
     """Return `x` transposed with its spatial axes as one: XLA would make a mere transposition part of the loops."""
-    shape = [x.shape[axis] for axis in order]
     if order == (*range(x.ndim),):
         return x
+    if not _adjoin(space):
+        first = (*(axis for axis in order if axis not in space), *space)
+        x, order = lax.transpose(x, first), tuple(first.index(axis) for axis in order)
+        space = [first.index(axis) for axis in space]
+    shape = [x.shape[axis] for axis in order]
     merged = [math.prod(x.shape[a] for a in space) if axis == space[0] else n for axis, n in enumerate(x.shape)]
     rest = [axis for axis in range(x.ndim) if axis not in space[1:]]
     x = lax.reshape(x, [merged[axis] for axis in rest])

@@ -28,7 +28,7 @@ EVERYWHERE = (CPU, GPU, TPU)
 class Form(NamedTuple):
     """A way to write a product: for which operation, on which platforms, when, and why.
 
-    suits: `(op, a, b) -> bool`, from shapes alone; sums: `(op, a, b, then) -> int32 sums`.
+    suits: `(op, a, b) -> bool`, from shapes and explicit shardings; sums: `(op, a, b, then) -> int32 sums`.
     """
 
     op: type[Dot] | type[Conv]

@@ -11,7 +11,6 @@ import math
 import jax
 from jax import lax
 
-from jaxq.numbers.blocks import spread_axes
 from jaxq.programs.ops import Dot
 
 
@@ -19,8 +18,7 @@ def product(op: Dot, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the product of float arrays; where it is traced for a CPU, of matrices if they are that in memory."""
     layouts = [_layout(op, side, x.ndim) for side, x in enumerate((a, b))]
     several = max(len(op.contract[0]), *(len(op.free(side, x.ndim)) for side, x in enumerate((a, b)))) > 1
-    spread = op.out_sharding is not None or any(any(spread_axes(x)) for x in (a, b))
-    if not several or None in layouts or spread or jax.default_backend() != "cpu":
+    if not several or None in layouts or op.is_spread(a, b) or jax.default_backend() != "cpu":
         return op.apply(a, b)
     batch = (*range(len(op.batch[0])),)
     left, right = (_matrix(op, side, x, layout) for side, (x, layout) in enumerate(zip((a, b), layouts, strict=True)))

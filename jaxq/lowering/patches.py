@@ -1,4 +1,4 @@
-"""Convolution as patches and one dot: the fast form where there are few input channels.
+"""Convolution as patches and one dot: the fast form where there are few input channels to a window.
 
 A first layer's convolution (3 channels) has no vector kernel in int8; gathering its patches costs little, because there
 are few of them to a pixel, and one dot product does the rest. Exact, like every kernel here.
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxq.numbers.blocks import spread_axes
 from jaxq.programs.ops import Conv
 
 MOST_CHANNELS = 4
@@ -25,12 +26,13 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
     known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
     few = dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and taps > 1
-    return few and (taps <= MOST_TAPS or _are_tiles(op, kernel))
+    return few and (taps <= MOST_TAPS or _are_tiles(op, image, kernel))
 
 
-def _are_tiles(op: Conv, kernel: Any) -> bool:
-    """Tell whether windows lie side by side."""
-    return op.strides == tuple(kernel.shape[axis] for axis in op.rhs_spec[2:]) and set(op.rhs_dilation) <= {1}
+def _are_tiles(op: Conv, image: Any, kernel: Any) -> bool:
+    """Tell whether windows lie side by side, in an image that may be cut up."""
+    side_by_side = op.strides == tuple(kernel.shape[axis] for axis in op.rhs_spec[2:]) and set(op.rhs_dilation) <= {1}
+    return side_by_side and not any(spread_axes(image))
 
 
 def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
@@ -45,7 +47,7 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     weights = lax.transpose(kernel, (*window, into, out)).reshape(-1, kernel.shape[out])
     rank = x.ndim
     numbers = (((rank - 1,), (0,)), ((), ()))
-    seen = _tiles(x, sizes, lengths) if _are_tiles(op, kernel) else _taps(op, x, sizes, lengths)
+    seen = _tiles(x, sizes, lengths) if _are_tiles(op, image, kernel) else _taps(op, x, sizes, lengths)
     sums = lax.dot_general(seen, weights, numbers, preferred_element_type=jnp.int32)
     order = {op.out_spec[0]: 0, op.out_spec[1]: rank - 1, **{axis: n + 1 for n, axis in enumerate(op.out_spec[2:])}}
     return lax.transpose(sums, [order[axis] for axis in range(rank)])

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxq.lowering import rowwise
@@ -38,10 +37,8 @@ def _sums(op: RaggedDot, a: jax.Array, b: jax.Array, *rest) -> jax.Array:
         return op.apply(a, b, *rest, out_dtype=jnp.int32)
 
     def filled(a, b, *rest):
-        (m, k), n = a.shape, b.shape[2]
-        more_m, more_k, more_n = -m % rowwise.ROWS, -k % rowwise.TERMS, -n % rowwise.ROWS
-        a = lax.pad(a, np.int8(0), [(0, more_m, 0), (0, more_k, 0)])
-        b = lax.pad(b, np.int8(0), [(0, 0, 0), (0, more_k, 0), (0, more_n, 0)])
+        m, n = a.shape[0], b.shape[2]
+        a, b = rowwise.filled(a, (rowwise.ROWS, rowwise.TERMS)), rowwise.filled(b, (rowwise.TERMS, rowwise.ROWS))
         return lax.slice(plain(a, b, *rest), (0, 0), (m, n))
 
     if 0 in (*a.shape, *b.shape) or not rowwise.is_cut((a.shape[0], b.shape[2]), a.shape[1]):

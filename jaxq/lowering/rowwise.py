@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxq.numbers.blocks import spread_axes
 from jaxq.programs.ops import Dot
 
 # Products with fewer rows are bound by reading the other operand, once as it is.
@@ -26,16 +25,13 @@ ROWS, TERMS = 4, 32
 
 def suits(op: Dot, a: Any, b: Any) -> bool:
     """Tell whether a product of matrices has other sizes, or many rows and an operand not stored along the sum."""
-    spread = op.out_sharding is not None or any(isinstance(x, jax.Array) and any(spread_axes(x)) for x in (a, b))
-    if spread or any(isinstance(n, int) and n == 0 for n in (*a.shape, *b.shape)):
+    if op.is_spread(a, b) or any(_is(n, 0) for n in (*a.shape, *b.shape)):
         return False
-    sides = [(side, x, _rows(op, side, x)) for side, x in enumerate((a, b))]
-    if any(_is(rows, 1) for _, _, rows in sides):
-        return False
-    terms = math.prod(a.shape[axis] for axis in op.contract[0])
-    many = not any(_below(rows, MANY_ROWS) for _, _, rows in sides)
-    across = any(_order(op, side, x) != (*range(len(x.shape)),) for side, x, _ in sides)
-    return (many and across) or is_cut([rows for *_, rows in sides], terms)
+    rows = [_rows(op, side, x) for side, x in enumerate((a, b))]
+    if any(_is(n, 1) for n in rows) and not op.batch[0]:
+        return False  # no product of matrices
+    across = any(_order(op, side, x) != (*range(len(x.shape)),) for side, x in enumerate((a, b)))
+    return (across and _many(rows)) or is_cut(rows, math.prod(a.shape[axis] for axis in op.contract[0]))
 
 
 def is_cut(rows: Sequence[Any], terms: Any) -> bool:
@@ -47,13 +43,13 @@ def product(op: Dot, a: jax.Array, b: jax.Array, then) -> jax.Array:
     """Return the sums of the operands as [*batch, rows, terms], filled up with zeros."""
     del then
     batch = len(op.batch[0])
-    many = not any(_below(_rows(op, side, x), MANY_ROWS) for side, x in enumerate((a, b)))
-    left, right = (_filled(_matrix(op, side, x, many)) for side, x in enumerate((a, b)))
+    rows = [_rows(op, side, x) for side, x in enumerate((a, b))]
+    left, right = (filled(_matrix(op, side, x, _many(rows)), (ROWS, TERMS)) for side, x in enumerate((a, b)))
     both = tuple(range(batch))
     numbers = (((batch + 1,), (batch + 1,)), (both, both))
     sums = lax.dot_general(left, right, numbers, preferred_element_type=np.int32)
     head = [a.shape[axis] for axis in op.batch[0]]
-    sums = lax.slice(sums, (0,) * sums.ndim, (*head, _rows(op, 0, a), _rows(op, 1, b)))
+    sums = lax.slice(sums, (0,) * sums.ndim, (*head, *rows))
     free = [x.shape[axis] for side, x in enumerate((a, b)) for axis in op.free(side, x.ndim)]
     return lax.reshape(sums, (*head, *free))
 
@@ -69,8 +65,9 @@ def _matrix(op: Dot, side: int, x: jax.Array, many: bool) -> jax.Array:
     return lax.reshape(x, (*x.shape[:batch], rows, terms))
 
 
-def _filled(x: jax.Array) -> jax.Array:
-    missing = [_missing(x.shape[-2], ROWS), _missing(x.shape[-1], TERMS)]
+def filled(x: jax.Array, steps: tuple[int, int]) -> jax.Array:
+    """Return an array with zeros up to multiples of `steps` along its last two axes."""
+    missing = [_missing(n, step) for n, step in zip(x.shape[-2:], steps, strict=True)]
     if all(_is(n, 0) for n in missing):
         return x
     return lax.pad(x, np.int8(0), [(0, 0, 0)] * (x.ndim - 2) + [(0, n, 0) for n in missing])
@@ -84,7 +81,7 @@ def _order(op: Dot, side: int, x: Any) -> tuple[int, ...]:
     return (*op.batch[side], *op.free(side, len(x.shape)), *op.contract[side])
 
 
-# Sizes may be symbols, in exported programs: those are taken for large, and for odd.
+# --- sizes, which are symbols in some exported programs: those are taken for large, and for odd --------------------
 
 
 def _missing(n: Any, step: int) -> Any:
@@ -92,8 +89,8 @@ def _missing(n: Any, step: int) -> Any:
     return -n % step
 
 
-def _below(n: Any, bound: int) -> bool:
-    return isinstance(n, int) and n < bound
+def _many(rows: Sequence[Any]) -> bool:
+    return not any(isinstance(n, int) and n < MANY_ROWS for n in rows)
 
 
 def _is(n: Any, value: int) -> bool:

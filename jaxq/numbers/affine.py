@@ -217,13 +217,13 @@ def encode(quantizer: Quantizer, x: jax.Array, affine: Affine, key: jax.Array | 
 
 
 def _nearest(quantizer: Quantizer, x: jax.Array, affine: Affine) -> jax.Array:
-    """Return codes rounded to nearest even and saturated, read from the bits of a sum: at the speed of memory.
+    """Return codes rounded to nearest even and saturated, read from the bits of a sum: no slower than reading `x`.
 
     Next to 1.5 * 2^23 float32 has the integers and nothing between: the sum rounds, and its bits count the integers.
-    The clip comes first, which no compiler can contract with the sum.
+    The clip comes first, which no compiler can contract with the sum. NaN, which has bits of its own, counts as zero.
     """
     low, high = (np.float32(end) for end in quantizer.bounds())
-    steps, zero = _steps(x, affine), affine.zero_point
+    steps, zero = _nan_as(_steps(x, affine), 0), affine.zero_point
     if zero is None:
         steps = lax.clamp(low, steps, high)
     else:

@@ -7,6 +7,7 @@ group differ in nothing else.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,10 +94,10 @@ def thinned(x: jax.Array, grid: Sequence[int], larger: Callable) -> jax.Array:
     return lax.reduce_window(x, np.zeros((), x.dtype), larger, window, window, "VALID")
 
 
-def spread_axes(x: jax.Array) -> list[bool]:
-    """Tell for each axis whether it is known to be spread over devices, by explicit sharding."""
-    spec = jax.typeof(x).sharding.spec
-    return [axis < len(spec) and spec[axis] is not None for axis in range(x.ndim)]
+def spread_axes(x: Any) -> list[bool]:
+    """Tell for each axis whether it is known to be spread over devices, by explicit sharding; of shapes, it is not."""
+    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()
+    return [axis < len(spec) and spec[axis] is not None for axis in range(len(x.shape))]
 
 
 def hide(tree):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 from jax import lax
 
+from jaxq.numbers.blocks import spread_axes
 from jaxq.programs import jaxpr
 
 
@@ -47,6 +48,10 @@ class Dot:
     def free(self, side: int, rank: int) -> list[int]:
         """Return the axes of an operand that appear in the output, batch axes excluded, in output order."""
         return [a for a in range(rank) if a not in self.contract[side] and a not in self.batch[side]]
+
+    def is_spread(self, lhs: Any, rhs: Any) -> bool:
+        """Tell whether operands or output are known to be spread over devices, by explicit sharding."""
+        return self.out_sharding is not None or any(any(spread_axes(x)) for x in (lhs, rhs))
 
     def apply(self, lhs: jax.Array, rhs: jax.Array, *rest, out_dtype=None) -> jax.Array:
         """Run the product on plain arrays."""
