@@ -26,6 +26,7 @@ import jaxq
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
 LENGTH, BATCH = 64, 32  # tokens of a sentence, sentences of a batch
 REPORT_BATCHES = 8
+PICTURE_HEIGHT = 1274  # down to the end of a chart
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.picture:
         from screenshot import screenshot
 
-        screenshot(report.to_html(args.html or args.picture.with_suffix(".html")), args.picture)
+        page = report.to_html(args.html or args.picture.with_suffix(".html"))
+        screenshot(page, args.picture, height=PICTURE_HEIGHT)
     print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
     return result
 

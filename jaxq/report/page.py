@@ -134,20 +134,8 @@ def _chart(title: str, line: str, drawing: Markup | None, keys: tuple[str, ...])
 # --- sites -----------------------------------------------------------------------------------------------------------
 
 HEADS = (
-    "#",
-    "site",
-    "weights",
-    "acts",
-    "weight dB",
-    "act dB",
-    "alone dB",
-    "all dB",
-    "float",
-    "held",
-    "MACs",
-    "energy",
-    "float time",
-    "time",
+    *("#", "site", "weights", "acts", "weight dB", "act dB", "alone dB", "all dB"),
+    *("float", "held", "MACs", "energy", "float time", "time"),
 )
 
 
