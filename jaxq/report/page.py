@@ -134,8 +134,8 @@ def _chart(title: str, line: str, drawing: Markup | None, keys: tuple[str, ...])
 # --- sites -----------------------------------------------------------------------------------------------------------
 
 HEADS = (
-    *("#", "site", "weights", "acts", "weight dB", "act dB", "alone dB", "all dB"),
-    *("float", "held", "MACs", "energy", "float time", "time"),
+    *("#", "site", "weights", "acts", "W dB", "A dB", "out dB", "all dB"),
+    *("float", "held", "MACs", "energy", "float t", "time"),
 )
 
 
@@ -147,7 +147,8 @@ def _table(report: Report) -> Markup:
         for n, site in enumerate(report.sites)
     ]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
-    text = tag("p", "A click on a heading sorts; the worst three sites are in colour.", class_="soft")
+    text = "Signal to noise of weights, activations, the output (this site alone quantized) and all (what is before it "
+    text = tag("p", text + "too). A click on a heading sorts; the worst three sites are in colour.", class_="soft")
     return tag("section", tag("h2", "Sites"), text, tag("div", table, class_="scroll"))
 
 
