@@ -5,6 +5,7 @@ is checked when it is read, where an error can still name the file.
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxq.programs.sites import Operand, Site
 
 OPERATIONS = {op.name: op for op in (Dot, Conv, RaggedDot, Embedding)}
 ROLES = ("weight", "act")
+NUMBERS = re.compile(r"bool|u?int\d{1,3}|b?float\d{1,3}(_[a-z0-9]{1,16})?|complex\d{1,3}", re.ASCII)
 MOST = 2**63  # elements that an array can have, and products that can be summed
 
 
@@ -68,12 +70,13 @@ def _is_shape(shape: Sequence[int]) -> bool:
 
 
 def _is_dtype(name: str) -> bool:
-    """Tell whether a text is the own name of a dtype of numbers."""
+    """Tell whether a text is the name of a dtype of numbers; NumPy, which parses others, is not asked."""
+    if not NUMBERS.fullmatch(name):
+        return False
     try:
-        dtype = jnp.dtype(name)
+        return jnp.dtype(name).name == name
     except TypeError:
         return False
-    return dtype.name == name and (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_)
 
 
 def _short(numbers: Sequence[int]) -> str:
