@@ -23,12 +23,12 @@ from jaxq.interpretation.transforms import make_plan as make_plan
 from jaxq.interpretation.transforms import observe as observe
 from jaxq.interpretation.transforms import qat as qat
 from jaxq.interpretation.transforms import quantize as quantize
+from jaxq.io.artifact import Artifact as Artifact
 from jaxq.io.checkpoint import load as load
 from jaxq.io.checkpoint import save as save
 from jaxq.io.compressed_reader import load_compressed_tensors as load_compressed_tensors
 from jaxq.io.compressed_tensors import save_compressed_tensors as save_compressed_tensors
 from jaxq.io.errors import FileError as FileError
-from jaxq.io.export import Artifact as Artifact
 from jaxq.io.export import export as export
 from jaxq.measure.explain import explain as explain
 from jaxq.measure.explanation import Explanation as Explanation

@@ -138,6 +138,13 @@ LIES = {
     "another format": (metadata("tree", lambda t: t.replace('"bits":4', '"bits":2')), "packing|plan says"),
     "a format of code": (metadata("plan", lambda t: t.replace('"Int"', '"eval"')), "eval"),
     "a text for a number": (metadata("plan", lambda t: t.replace('"terms": 32', '"terms": "many"')), "terms"),
+    "negative terms": (metadata("plan", lambda t: t.replace('"terms": 32', '"terms": -32')), "'up'.*sums -32 terms"),
+    "a dtype of code": (
+        metadata("plan", lambda t: t.replace('"dtype": "float32"', '"dtype": ",f4"')),
+        "'up'.*dtype ',f4'",
+    ),
+    "an absurd shape": (metadata("plan", lambda t: t.replace("[2, 40]", f"[{HUGE}, {HUGE}]")), "'up'.*puts out"),
+    "an axis too many": (metadata("plan", lambda t: t.replace('"contracted": [0]', '"contracted": [7]')), "axes .7."),
     "another length": (metadata("tree", lambda t: t.replace('"packing":[-1,40]', '"packing":[-1,400000]')), "packing"),
 }
 

@@ -157,6 +157,25 @@ def test_schemes_mix_and_float_layers_are_named(tmp_path):
     np.testing.assert_array_equal(loaded["c"], deep["c"])
 
 
+@pytest.mark.parametrize("quantizer", [jaxq.int8(), jaxq.int4(group=4), jaxq.int8(per_tensor=True)], ids=repr)
+def test_kernels_of_more_axes_are_matrices_of_all_outputs_by_all_inputs(quantizer, tmp_path):
+    heads = {"query": jax.random.normal(KEYS[0], (64, 2, 8)), "out": jax.random.normal(KEYS[1], (2, 8, 20))}
+
+    def attention(params, x):
+        x = jax.lax.dot_general(x, params["query"], (((1,), (0,)), ((), ())))
+        return jax.lax.dot_general(x, params["out"], (((1, 2), (0, 1)), ((), ())))
+
+    plan = jaxq.make_plan(attention, jaxq.Scheme(quantizer, None if quantizer.group else jaxq.int8()))(heads, X)
+    qparams = jaxq.convert(attention, plan)(heads, X)
+    jaxq.save_compressed_tensors(tmp_path, qparams, plan)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    arrays, (scheme,) = tensors(tmp_path), config["config_groups"].values()
+    want = {"query": np.asarray(qparams["query"].decode()).reshape(64, 16).T}
+    want["out"] = np.asarray(qparams["out"].decode()).reshape(16, 20).T
+    for module, matrix in want.items():
+        np.testing.assert_allclose(decoded(arrays, module, scheme), matrix, rtol=1e-6)
+
+
 def test_words_are_those_of_the_documentation(tmp_path):
     # compressed_tensors, pack_to_int32: [1, 2] -> [129, 130] -> 33409.
     write(tmp_path, {"m.weight_packed": np.array([[33409]], np.int32), "m.weight_shape": np.array([1, 2])}, bits=8)
@@ -224,6 +243,10 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path):
     plan = jaxq.make_plan(conv, jaxq.w8a8())(params, image)
     with pytest.raises(ValueError, match="site 'k' is conv_general_dilated"):
         jaxq.save_compressed_tensors(tmp_path, jaxq.convert(conv, plan)(params, image), plan)
+    experts = {"w": jnp.ones((3, 8, 4))}  # a product for each of them: no module
+    plan = jaxq.make_plan(lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), jaxq.w8a8())(experts, jnp.ones((3, 2, 8)))
+    with pytest.raises(ValueError, match="'w' is dot_general.*without a batch"):
+        jaxq.save_compressed_tensors(tmp_path, {"w": jaxq.int8()(experts["w"], (1,))}, plan)
     for policy, match in [
         (jaxq.weight_only(jaxq.fixed(8, 6)), "'layer/up' multiplies Q1.6"),
         (jaxq.Uniform(jaxq.Scheme(jaxq.int4(), jaxq.int8())), "'layer/up' multiplies int4 weights by int8"),

@@ -74,6 +74,53 @@ def test_artifacts_run_where_jaxq_is_not_and_give_the_same_bits(exported, tmp_pa
         np.testing.assert_array_equal(got[name], array)
 
 
+BESIDE = """
+import json, sys
+sys.modules["jaxq"] = None
+import jax.export, numpy as np
+data = open(sys.argv[2], "rb").read()
+start = 8 + int.from_bytes(data[:8], "little")
+kinds = {"I8": np.int8, "U8": np.uint8, "F32": np.float32}
+weights = {
+    name: np.frombuffer(data[start:][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
+    for name, entry in json.loads(data[8:start]).items()
+    if not name.startswith("__")
+}
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+np.savez(sys.argv[4], **program.call(weights, np.load(sys.argv[3])))
+"""
+
+
+def test_weights_beside_a_program_are_read_without_jaxq_and_can_be_others(tmp_path):
+    plan = jaxq.make_plan(f, POLICIES["mixed"])(PARAMS, X)
+    others = jax.tree.map(lambda w: w[::-1] * 0.5, PARAMS)
+    first, second = (jaxq.convert(f, plan)(params, X) for params in (PARAMS, others))
+    artifact = jaxq.export(f, plan, first, X, False, inside=False, verify=(X, False))
+    path, x = tmp_path / "model.stablehlo", tmp_path / "x.npy"
+    artifact.save(path)
+    assert jaxq.load(path.with_suffix(".safetensors"))[1] == plan
+    assert len(artifact.data) < 200_000 and artifact.about["inputs"] == ["float32[batch,4,4,4]"]
+    want = [jax.jit(lambda p, x: jaxq.quantize(f, plan)(p, x, False))(q, X) for q in (first, second)]
+    np.save(x, X)
+    command = [sys.executable, "-c", BESIDE, path, path.with_suffix(".safetensors"), x, tmp_path / "out.npz"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / "out.npz") as got:
+        for name, array in want[0].items():
+            np.testing.assert_array_equal(got[name], array)
+    jaxq.save(path.with_suffix(".safetensors"), second, plan)
+    got = jaxq.Artifact.load(path).call(X)
+    np.testing.assert_array_equal(got["logits"], want[1]["logits"])
+    jaxq.save(path.with_suffix(".safetensors"), {**second, "head": second["head"].T}, plan)
+    with pytest.raises(jaxq.FileError, match=r"model\.safetensors: these are not the weights"):
+        jaxq.Artifact.load(path)
+    path.with_suffix(".safetensors").unlink()
+    with pytest.raises(jaxq.FileError, match=r"model\.safetensors: there is no such file"):
+        jaxq.Artifact.load(path)
+    with pytest.raises(jaxq.FileError, match="is the suffix of the weights"):
+        artifact.save(tmp_path / "x.safetensors")
+
+
 def test_artifacts_say_who_can_read_them(exported):
     artifact = jaxq.Artifact.load(exported[0])
     about = artifact.about

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxq.decisions.plan import Plan
 from jaxq.io import checkpoint, safetensors, strict_json, tree
+from jaxq.io.artifact import MARK, Artifact
 from jaxq.io.compressed_reader import load_compressed_tensors
 from jaxq.io.errors import FileError
-from jaxq.io.export import MARK, Artifact
 from jaxq.numbers.qarray import Dropped, QArray, Stored
 
 

@@ -1,6 +1,7 @@
 """Plans as JSON: every field by name, every type from a closed list, nothing executed."""
 
 import json
+import math
 import typing
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxq.numbers.calibrators import Calibrator
 from jaxq.numbers.fits import Fit
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.scaling import Scaling
+from jaxq.programs import soundness
 from jaxq.programs.sites import Operand, Site
 
 VERSION = 1
@@ -39,7 +41,8 @@ def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:
         if not isinstance(data, dict) or data.get("jaxq_plan") != VERSION:
             raise ValueError(f"expected jaxq_plan version {VERSION}")
         decisions = spec.decode(data["decisions"], TYPES)
-        blank = _blank(decisions)
+        _check(decisions, most=len(text))
+        blank = tuple(blank_ranges(decision) for decision in decisions)
         ranges = _filled(blank, data["ranges"])
         _check_shapes(decisions, blank, ranges)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError, MemoryError) as error:
@@ -51,16 +54,30 @@ def _refuse(constant: str):
     raise ValueError(f"{constant} is not a number of a plan")
 
 
-def _blank(decisions: Any) -> Ranges:
-    """Return the ranges, unobserved, that the decisions call for; raise unless they are decisions."""
+def _check(decisions: Any, most: int) -> None:
+    """Raise unless these are decisions that a program could have; most: numbers that the text can hold."""
     if not isinstance(decisions, tuple) or not all(isinstance(d, Decision) for d in decisions):
         raise ValueError("'decisions' is not a list of decisions")
     for decision in decisions:
         spec.check_types(decision)
+        soundness.check(decision.site)
+        _check_decision(decision, most)
     outputs = {d.site.name: d.out for d in decisions}
+    if len(outputs) != len(decisions):
+        raise ValueError("two decisions are for sites of one name")
     if any(fed and fed.quantizer != outputs.get(fed.site) for d in decisions for fed in d.fed):
         raise ValueError("an operand is said to be the output of a site that puts out nothing of the kind")
-    return tuple(blank_ranges(decision) for decision in decisions)
+
+
+def _check_decision(decision: Decision, most: int) -> None:
+    site = decision.site
+    if len(decision.fed) not in (0, len(site.operands)):
+        raise ValueError(f"site '{site.name}' has {len(site.operands)} operands, and {len(decision.fed)} are fed")
+    if any(decision.ranged) and math.prod(site.stack) > most:
+        raise ValueError(f"site '{site.name}' has more layers than there are ranges")
+    for quantizer, operand in zip(decision.quantizers, site.operands, strict=True):
+        if quantizer is not None:
+            quantizer.grid(operand.shape, operand.contracted)  # raises for groups that do not divide
 
 
 def _filled(blank: Any, value: Any) -> Any:

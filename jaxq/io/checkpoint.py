@@ -49,16 +49,26 @@ def save(path: str | os.PathLike, qparams: Any, plan: Plan, *, shard_bytes: int 
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"save(path, qparams, plan) takes the plan that jaxq.make_plan made, got {plan!r:.80}")
-    description, arrays = tree.describe(qparams, tree.plan_names(qparams, plan))
-    metadata = {"jaxq": VERSION, "tree": _dump(description), "plan": plan.to_json()}
-    agreement.check(plan, *tree.build(description, arrays))
+    container = contents(qparams, plan)
     path = Path(os.path.realpath(path))
     if shard_bytes is None:
-        with beside(path) as file:
-            safetensors.write(file, arrays, metadata)
-            publish(file, path)
+        write_file(path, container)
     else:
-        _save_folder(path, arrays, metadata, shard_bytes)
+        _save_folder(path, container.arrays, container.metadata, shard_bytes)
+
+
+def contents(qparams: Any, plan: Plan) -> Container:
+    """Return what a file of parameters and their plan holds; raise `ValueError` where they do not belong together."""
+    description, arrays = tree.describe(qparams, tree.plan_names(qparams, plan))
+    agreement.check(plan, *tree.build(description, arrays))
+    return Container(arrays, {"jaxq": VERSION, "tree": _dump(description), "plan": plan.to_json()}, None)
+
+
+def write_file(path: Path, container: Container) -> None:
+    """Write a container to one file; what was there before stays whole until it is."""
+    with beside(path) as file:
+        safetensors.write(file, container.arrays, container.metadata)
+        publish(file, path)
 
 
 def load(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Plan]:

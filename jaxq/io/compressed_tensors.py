@@ -3,15 +3,17 @@
 A folder with `config.json`, whose `quantization_config` says which modules are quantized how, and safetensors. A module
 `m` has `m.weight` [outputs, inputs] as int8 (`int-quantized`) or float8 (`float-quantized`), or `m.weight_packed` in
 int32 words with `m.weight_shape` (`pack-quantized`); and `m.weight_scale` [outputs, groups], `m.weight_zero_point`
-where codes are asymmetric, and `m.input_scale` where activations are calibrated. Modules go by the names of jaxq's
-sites, with dots: renaming them to what a model of the reader calls them is up to the caller. Reading is in
-`compressed_reader`.
+where codes are asymmetric, and `m.input_scale` where activations are calibrated. A kernel of more axes ([features,
+heads, head features], say) is the matrix of all its outputs by all its inputs, as readers' layers hold it. Modules go
+by the names of jaxq's sites, with dots: renaming them to what a model of the reader calls them is up to the caller.
+Reading is in `compressed_reader`.
 https://github.com/vllm-project/compressed-tensors
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from jaxq.numbers.floats import E4M3
 from jaxq.numbers.formats import Int
 from jaxq.numbers.qarray import Dropped, QArray, Stored
 from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs.sites import Site
 
 FILE = "model.safetensors"
 
@@ -71,20 +74,19 @@ def save_compressed_tensors(folder: str | os.PathLike, qparams: Any, plan: Plan)
 def _module(decision: Decision, plan: Plan, leaf: Any) -> tuple[dict[str, Any], dict]:
     """Return the arrays and the scheme of one site's module."""
     site = decision.site
-    if site.op != "dot_general" or not isinstance(leaf, QArray) or leaf.ndim != 2:
+    if not isinstance(leaf, QArray) or not _is_linear(site):
         raise ValueError(
             f"site '{site.name}' is {site.op} with a weight of shape {list(leaf.shape)}: compressed-tensors holds "
-            "weights of matrix products [inputs, outputs], each of one leaf; leave it in float by the policy"
+            "weights of matrix products without a batch, each of one leaf; leave it in float by the policy"
         )
     if decision.out is not None:
         raise ValueError(f"site '{site.name}' rounds its output (Scheme(out=)), which compressed-tensors cannot say")
     number = 1 - site.operands.index(site.weight)
     act = decision.quantizers[number]
-    codes, q = np.asarray(leaf.codes), leaf.plain()
-    scale, zero = np.asarray(q.scale), None if q.zero_point is None else np.asarray(q.zero_point)
-    if _inputs(decision, leaf) == 0:
-        codes, scale, zero = codes.T, scale.T, None if zero is None else zero.T
     kind = _format(leaf, act, site.name)
+    q, inputs = leaf.plain(), _inputs(decision, leaf)
+    codes, scale = _matrix(q.stored, leaf.shape, inputs), _matrix(q.scale, leaf.shape, inputs)
+    zero = None if q.zero_point is None else _matrix(q.zero_point, leaf.shape, inputs)
     parts = _packed(codes, zero, leaf.format.bits) if kind == "pack-quantized" else {"weight": codes}
     strategy = "tensor" if scale.size == 1 < len(codes) else "channel" if scale.shape[1] == 1 else "group"
     parts["weight_scale"] = scale.reshape(1) if strategy == "tensor" else scale
@@ -95,23 +97,50 @@ def _module(decision: Decision, plan: Plan, leaf: Any) -> tuple[dict[str, Any], 
         parts["input_scale"] = _input_scale(act, seen, site.name)
     group = codes.shape[1] // scale.shape[1] if strategy == "group" else None
     weights = _arguments(leaf.format, strategy, zero is None, group)
-    inputs = None if act is None else _act_arguments(act)
-    return parts, {"format": kind, "weights": weights, "input_activations": inputs}
+    arguments = None if act is None else _act_arguments(act)
+    return parts, {"format": kind, "weights": weights, "input_activations": arguments}
 
 
-def _inputs(decision: Decision, leaf: QArray) -> int:
-    """Return the axis of a leaf that is summed over: the one of the operand, or the other if the leaf is transposed."""
+def _is_linear(site: Site) -> bool:
+    """Tell whether a site is a matrix product whose outputs are all pairs of what its operands keep: no batch."""
+    kept = [n for o in site.operands for axis, n in enumerate(o.shape) if axis not in o.contracted]
+    return site.op == "dot_general" and math.prod(kept) == math.prod(site.out_shape)
+
+
+def _inputs(decision: Decision, leaf: QArray) -> tuple[int, ...]:
+    """Return the axes of a leaf that are summed over: those of the operand, or the other one of a transposed matrix."""
     site = decision.site
-    (axis,) = site.weight.contracted
+    axes = tuple(sorted(site.weight.contracted))
     quantizer = decision.quantizers[site.operands.index(site.weight)]
-    operand = site.weight.shape, quantizer.grid(site.weight.shape, (axis,))
+    operand = site.weight.shape, quantizer.grid(site.weight.shape, site.weight.contracted)
     straight, turned = (leaf.shape, leaf.grid) == operand, (leaf.shape[::-1], leaf.grid[::-1]) == operand
-    if straight and turned:
+    if leaf.ndim == 2 and straight and turned:
         raise ValueError(
             f"the weight of site '{site.name}' is square with one scale, so that its inputs cannot be told from its "
             "outputs: use a scale per channel"
         )
-    return axis if straight else 1 - axis
+    if straight and all(leaf.grid[axis] == 1 for axis in axes[:-1]):
+        return axes
+    if leaf.ndim == 2 and turned:
+        return (1 - axes[0],)
+    raise ValueError(
+        f"site '{site.name}' takes its weight of shape {list(leaf.shape)} with axes moved, or in groups along another "
+        "axis than the last that is summed over, which compressed-tensors cannot say; leave it in float by the policy"
+    )
+
+
+def _matrix(part: Any, shape: tuple[int, ...], inputs: Sequence[int]) -> np.ndarray:
+    """Return an array by element or block of `shape` as [outputs, inputs]: [1, ...] where outputs share a block,
+    [..., 1] where inputs do."""
+    part = np.asarray(part)
+    sides = [axis for axis in range(len(shape)) if axis not in inputs], list(inputs)
+    wide = list(part.shape)
+    for side in sides:
+        if any(part.shape[axis] != 1 for axis in side):
+            for axis in side if side is sides[0] else side[:-1]:
+                wide[axis] = shape[axis]
+    rows, columns = (math.prod(wide[axis] for axis in side) for side in sides)
+    return np.broadcast_to(part, wide).transpose(*sides[0], *sides[1]).reshape(rows, columns)
 
 
 def _format(leaf: QArray, act: Quantizer | None, name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.decisions.decision import Decision
 from jaxq.interpretation.numerics import Task, run_site, to_codes, weight_codes
@@ -32,7 +33,10 @@ def is_product(item: Located) -> bool:
 
 def programs(item: Located, decision: Decision) -> Programs:
     """Return the float and the quantized program of a site, each with its arguments; the weight is converted."""
-    operands = _operands(item)
+    return _programs(item, decision, _operands(item))
+
+
+def _programs(item: Located, decision: Decision, operands: list[jax.Array]) -> Programs:
     task = Task(item.op, decision.quantizers, item.weight)
     triples = zip(decision.quantizers, operands, item.op.contracted, strict=True)
     ranges = tuple(_range(*triple) for triple in triples)
@@ -48,7 +52,8 @@ def programs(item: Located, decision: Decision) -> Programs:
 
 def coded(item: Located, decision: Decision) -> tuple[QArray, ...]:
     """Return the shapes of a site's operands in codes, as its kernel is given them; all operands are quantized."""
-    own, ranges = jax.eval_shape(lambda: programs(item, decision)[1][1])
+    shapes = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in item.site.operands]
+    own, ranges = jax.eval_shape(lambda xs: _programs(item, decision, xs)[1][1], shapes)
     task = Task(item.op, decision.quantizers, item.weight)
 
     def codes(number: int, x: Any, r: Leaf | None) -> QArray:
@@ -58,9 +63,10 @@ def coded(item: Located, decision: Decision) -> tuple[QArray, ...]:
 
 
 def _operands(item: Located) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), len(item.site.operands))
-    pairs = zip(keys, item.site.operands, strict=True)
-    return [jax.random.normal(key, operand.shape, jnp.float32).astype(operand.dtype) for key, operand in pairs]
+    # By NumPy: JAX would compile a program of random numbers for every shape.
+    rng = np.random.default_rng(0)
+    pairs = [(rng.standard_normal(o.shape, np.float32), jnp.dtype(o.dtype)) for o in item.site.operands]
+    return [jax.device_put(values.astype(dtype)) for values, dtype in pairs]
 
 
 def _range(quantizer: Quantizer | None, x: jax.Array, contracted: tuple[int, ...]) -> Leaf | None:

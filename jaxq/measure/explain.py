@@ -1,6 +1,6 @@
 """`explain`: compile a program in float and as planned, and say per site what was emitted and what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def explain(
         where = device or jax.devices()[0]
         whole = _whole(f, decided, argnums, (args, kwargs), device)
         pairs = list(zip(program.analysis.located, program.decisions, strict=True))
-        known = _by_kind(pairs, device)
+        known = by_kind(pairs, device)
         lines = tuple(_line(item, decision, known, platform_of(where)) for item, decision in pairs)
         return Explanation(f"{where.device_kind} ({where.platform})", device is None, lines, *whole)
 
@@ -65,7 +65,7 @@ def platform_of(device: Any) -> str:
     return {"cuda": forms.GPU, "gpu": forms.GPU, "cpu": forms.CPU}.get(device.platform, forms.TPU)
 
 
-def _by_kind(pairs: list[tuple[Located, Decision]], device: Any | None) -> dict[Any, list[Cost]]:
+def by_kind(pairs: Sequence[tuple[Located, Decision]], device: Any | None = None) -> dict[Any, list[Cost]]:
     """Return the costs of every kind of quantized product, float first; equal ones are compiled once."""
     found: dict[Any, list[Cost]] = {}
     for item, decision in pairs:

@@ -10,7 +10,7 @@ from jaxq.report.report import Measured, Report, SiteReport, decibels
 from jaxq.report.svg import Markup, join, tag
 from jaxq.report.table import db, formats, scaled, size
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 24
+LEFT, RIGHT, TOP, BOTTOM = 56, 6, 14, 24
 HEIGHT = 230
 COLUMN = 16  # least width of a site's column
 WIDTH, NARROW = 860, 480  # least width of a chart, of one that shares its line with another
@@ -213,6 +213,11 @@ def bytes_pair(site: SiteReport) -> tuple[float, float]:
 def energy_pair(site: SiteReport) -> tuple[float, float]:
     """Return the energy of a site, float and quantized, in J."""
     return 1e-12 * site.cost.energy.float.total, 1e-12 * site.cost.energy.quantized.total
+
+
+def seconds_pair(site: SiteReport) -> tuple[float, float]:
+    """Return the time of a site by itself, float and quantized, in s; zeros where it was not timed."""
+    return site.seconds or (0.0, 0.0)
 
 
 def size_text(both: tuple[float, float]) -> str:

@@ -76,6 +76,7 @@ def _site(site: SiteReport) -> dict[str, Any]:
         "bops": _both(site.cost.bops),
         "bytes": _both(site.cost.bytes),
         "energy_pj": _energies(site.cost.energy),
+        "seconds": _both(site.seconds),
     }
 
 

@@ -15,9 +15,11 @@ from jaxq.interpretation.arguments import Argnums, Layout, Static, place, take_a
 from jaxq.interpretation.calibrate import bar
 from jaxq.interpretation.comparing import Compare, Seen, Sight, Weigh, merged, side_by_side
 from jaxq.interpretation.convert import ahead, convert
-from jaxq.interpretation.program import load
+from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.transforms import DEFAULT, check_observed, make_plan, quantize
 from jaxq.measure import timing
+from jaxq.measure.alone import kind_of
+from jaxq.measure.explain import by_kind
 from jaxq.numbers import noise
 from jaxq.numbers.noise import Noise
 from jaxq.numbers.qarray import is_converted
@@ -27,15 +29,21 @@ from jaxq.report.report import Measured, Report, SiteReport
 
 
 def report(
-    f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0, progress: bool = True
+    f: Callable,
+    policy: Policy | Plan = DEFAULT,
+    *,
+    argnums: Argnums = 0,
+    progress: bool = True,
+    timed: bool = True,
 ) -> Callable[..., Report]:
     """Return a function `(params, batches, **kwargs) -> Report` that measures what a plan does to a program.
 
     Float and quantized program run side by side, compiled once for each shape of batch; memory does not depend on the
     number of batches. A tuple in `batches` holds the other positional arguments, anything else is the one argument; the
-    weights are float, a tuple of them where `argnums` is a sequence. progress: show a bar. Raises `ValueError` for no
-    batches, for unobserved static ranges, and for NaN or infinity at a site, naming it and the batch, `TypeError` for
-    converted weights.
+    weights are float, a tuple of them where `argnums` is a sequence. progress: show a bar. timed: measure latency, of
+    the whole program and of every quantized product by itself, which compiles each kind of them once more. Raises
+    `ValueError` for no batches, for unobserved static ranges, and for NaN or infinity at a site, naming it and the
+    batch, `TypeError` for converted weights.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
@@ -57,7 +65,7 @@ def report(
             check_finite({name: sights[name] for name in plan.names if name in sights}, number)
             whole = _Whole(output, sights, 1) if whole is None else _added(whole, output, sights)
             if number == 0:
-                first = _first(f, plan, (params, batch, kwargs), argnums)
+                first = _first(f, plan, (params, batch, kwargs), argnums, timed)
                 runs = {name: sight.runs for name, sight in sights.items()}
         if whole is None:
             raise ValueError("a report needs something to run on: pass an iterable with at least one batch")
@@ -132,16 +140,17 @@ def check_finite(sights: dict[str, Sight], number: int) -> None:
 
 
 class _First(NamedTuple):
-    """What the first call shows. decisions: with this call's shapes; weights and held: by site name."""
+    """What the first call shows. decisions: with this call's shapes; weights, held, alone (seconds): by site name."""
 
     decisions: tuple[Decision, ...]
     weights: dict[str, Seen]
     held: dict[str, Both]
     bytes: Both
-    seconds: Both
+    alone: dict[str, Both]
+    seconds: Both | None
 
 
-def _first(f: Callable, plan: Plan, call: tuple[Any, Any, dict], argnums: Argnums) -> _First:
+def _first(f: Callable, plan: Plan, call: tuple[Any, Any, dict], argnums: Argnums, timed: bool) -> _First:
     params, batch, kwargs = call
     args = place(params, batch, argnums)
     layout, leaves = take_apart(tuple(args), kwargs, argnums)
@@ -156,7 +165,16 @@ def _first(f: Callable, plan: Plan, call: tuple[Any, Any, dict], argnums: Argnum
     plain, quantized = quantize(f, None, argnums=argnums), quantize(f, plan, argnums=argnums)
     calls = (lambda: plain(*args, **kwargs)), (lambda: quantized(*converted, **kwargs))
     sizes = Both(nbytes(params), nbytes(small))
-    return _First(program.decisions, weights, held, sizes, Both(*timing.seconds(calls, rounds=3)))
+    alone, seconds = (_alone(program), Both(*timing.seconds(calls, rounds=3))) if timed else ({}, None)
+    return _First(program.decisions, weights, held, sizes, alone, seconds)
+
+
+def _alone(program: Program) -> dict[str, Both]:
+    """Return the seconds that sites take by themselves, in float and as decided."""
+    pairs = list(zip(program.analysis.located, program.decisions, strict=True))
+    known = by_kind(pairs)
+    found = {decision.site.name: known.get(kind_of(item, decision)) for item, decision in pairs}
+    return {name: Both(*(cost.seconds for cost in costs)) for name, costs in found.items() if costs}
 
 
 # --- putting together ------------------------------------------------------------------------------------------------
@@ -176,10 +194,12 @@ def _put_together(plan: Plan, whole: _Whole, first: _First, runs: dict[str, Any]
 def _site(decision: Decision, sight: Sight | None, first: _First, runs: Any) -> SiteReport:
     name, site = decision.site.name, decision.site
     once = float(np.prod(site.stack)) if site.stack else 1.0
-    cost = cost_of(decision, once if runs is None else float(np.sum(runs)), first.held[name])
+    times = once if runs is None else float(np.sum(runs))
+    cost = cost_of(decision, times, first.held[name])
+    seconds = Both(*(times * s for s in first.alone[name])) if name in first.alone else None
     operands = []
     for n, quantizer in enumerate(decision.quantizers):
         role = site.operands[n].role
         seen = first.weights.get(name) if role == "weight" else sight and sight.operands[n]
         operands.append(seen and Measured(repr(quantizer), role, *jax.tree.map(np.asarray, seen)))
-    return SiteReport(decision, tuple(operands), sight and sight.alone, sight and sight.together, cost)
+    return SiteReport(decision, tuple(operands), sight and sight.alone, sight and sight.together, cost, seconds)

@@ -7,7 +7,7 @@ from jaxq.report import charts
 from jaxq.report.cost import Both
 from jaxq.report.report import Report, SiteReport, decibels, error
 from jaxq.report.svg import Markup, join, tag
-from jaxq.report.table import db, formats, scaled, size
+from jaxq.report.table import db, formats, scaled, size, time
 
 OPEN_CARDS = 12  # shown at once, worst first; the rest unfolds
 
@@ -109,6 +109,12 @@ def _before_after(report: Report) -> list[Markup]:
             charts.before_after(report, charts.energy_pair, "J"),
             ("quantized", "float"),
         ),
+        _chart(
+            "Latency",
+            "Of every product by itself in one call, measured, quantizing its operands included",
+            charts.before_after(report, charts.seconds_pair, "s"),
+            ("quantized", "float"),
+        ),
     ]
 
 
@@ -127,7 +133,10 @@ def _chart(title: str, line: str, drawing: Markup | None, keys: tuple[str, ...])
 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
-HEADS = ("#", "site", "weights", "acts", "weight dB", "act dB", "alone dB", "all dB", "float", "held", "MACs", "energy")
+HEADS = (
+    *("#", "site", "weights", "acts", "W dB", "A dB", "out dB", "all dB"),
+    *("float", "held", "MACs", "energy", "float t", "time"),
+)
 
 
 def _table(report: Report) -> Markup:
@@ -138,7 +147,8 @@ def _table(report: Report) -> Markup:
         for n, site in enumerate(report.sites)
     ]
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
-    text = tag("p", "A click on a heading sorts; the worst three sites are in colour.", class_="soft")
+    text = "Signal to noise of weights, activations, the output (this site alone quantized) and all (what is before it "
+    text = tag("p", text + "too). A click on a heading sorts; the worst three sites are in colour.", class_="soft")
     return tag("section", tag("h2", "Sites"), text, tag("div", table, class_="scroll"))
 
 
@@ -152,7 +162,9 @@ def _cells(number: int, site: SiteReport) -> list[Markup]:
     cells += [tag("td", size(count), data_value=count) for count in cost.bytes]
     joules = 1e-12 * cost.energy.quantized.total
     macs = scaled(cost.macs, "").strip() if cost.macs else "-"
-    return [*cells, tag("td", macs, data_value=cost.macs), tag("td", scaled(joules, "J"), data_value=repr(joules))]
+    cells += [tag("td", macs, data_value=cost.macs), tag("td", scaled(joules, "J"), data_value=repr(joules))]
+    times = site.seconds or (0.0, 0.0)
+    return cells + [tag("td", time(site, n), data_value=repr(times[n])) for n in (0, 1)]
 
 
 def _number(value: float) -> str:

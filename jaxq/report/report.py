@@ -33,7 +33,8 @@ class Measured:
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
     """One site. operands: None where float; alone: noise of the output where this site alone is quantized; together:
-    where all are, so that what comes in is off already. Both are None where nothing was run.
+    where all are, so that what comes in is off already. Both are None where nothing was run. seconds: of the site by
+    itself in one call, median; None where it was not timed, or takes more than its operands (indices, group sizes).
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
@@ -47,6 +48,7 @@ class SiteReport:
     alone: Noise | None
     together: Noise | None
     cost: Cost
+    seconds: Both | None = None
 
     @property
     def name(self) -> str:

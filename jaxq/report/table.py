@@ -60,17 +60,24 @@ def formats(site: SiteReport) -> tuple[str, str]:
     return names[0], names[1]
 
 
+def time(site: SiteReport, number: int) -> str:
+    """Return the time of a site by itself, float (0) or quantized (1)."""
+    return NOTHING if site.seconds is None else scaled(site.seconds[number], "s")
+
+
 COLUMNS = (
-    Column("weights", lambda s: formats(s)[0], 9, left=True),
-    Column("acts", lambda s: formats(s)[1], 8, left=True),
-    Column("W dB", lambda s: db(decibels(s.noise("weight"))), 7),
-    Column("A dB", lambda s: db(decibels(s.noise("act"))), 6),
-    Column("out dB", lambda s: db(decibels(s.alone)), 10),
-    Column("all dB", lambda s: db(decibels(s.together)), 5),
-    Column("float", lambda s: size(s.cost.bytes.float), 3),
-    Column("held", lambda s: size(s.cost.bytes.quantized), 4),
-    Column("MACs", lambda s: scaled(s.cost.macs, "").strip() if s.cost.macs else NOTHING, 2),
-    Column("energy", lambda s: scaled(1e-12 * s.cost.energy.quantized.total, "J"), 1),
+    Column("weights", lambda s: formats(s)[0], 11, left=True),
+    Column("acts", lambda s: formats(s)[1], 10, left=True),
+    Column("W dB", lambda s: db(decibels(s.noise("weight"))), 9),
+    Column("A dB", lambda s: db(decibels(s.noise("act"))), 8),
+    Column("out dB", lambda s: db(decibels(s.alone)), 12),
+    Column("all dB", lambda s: db(decibels(s.together)), 7),
+    Column("float", lambda s: size(s.cost.bytes.float), 5),
+    Column("held", lambda s: size(s.cost.bytes.quantized), 6),
+    Column("MACs", lambda s: scaled(s.cost.macs, "").strip() if s.cost.macs else NOTHING, 4),
+    Column("energy", lambda s: scaled(1e-12 * s.cost.energy.quantized.total, "J"), 3),
+    Column("float t", lambda s: time(s, 0), 1),
+    Column("time", lambda s: time(s, 1), 2),
 )
 
 
