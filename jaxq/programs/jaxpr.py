@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import config
 from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.extend.core import primitives as prims
@@ -340,9 +339,8 @@ class Context:
 
 
 def recomputed(fn: Callable, *args) -> Any:
-    """Run a function as `jax.checkpoint` does, by the primitive that can be transposed: the newer one cannot."""
-    with config.remat3(False):
-        return jax.checkpoint(fn)(*args)
+    """Run a function as `jax.checkpoint` does, unless by the newer primitive, which cannot be transposed."""
+    return fn(*args) if getattr(jax.config, "jax_remat3", False) else jax.checkpoint(fn)(*args)
 
 
 def evaluate(body: Body, *args) -> list:
