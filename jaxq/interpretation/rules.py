@@ -134,7 +134,7 @@ class Observe(Rule):
         """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""
         if quantizer is None or not quantizer.static or old is None:
             return old
-        new = self.sight(item, number, quantizer, x, old)
+        new = calibrators.with_table(quantizer, self.sight(item, number, quantizer, x, old))
         return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
 
     def merge(self, a, b):

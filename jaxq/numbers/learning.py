@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import codecs, steps
+from jaxq.numbers import codebooks, codecs, steps
 from jaxq.numbers.formats import Codebook, Int
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
@@ -92,7 +92,7 @@ def _trait(quantizer: Quantizer) -> Trait:
 def _table(quantizer: Quantizer, x: jax.Array, grid: Grid) -> jax.Array:
     """Return the best centroids of every block, [*grid, size]."""
     assert isinstance(quantizer.format, Codebook)
-    return codecs.centroids(quantizer.format, x, grid)
+    return codebooks.centroids(quantizer.format, x, grid)
 
 
 def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -> QArray:

@@ -1,0 +1,50 @@
+"""The centroids of a codebook: the best for the blocks of an array, or for all that a histogram has counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.numbers import blocks, histogram, lloyd, means
+from jaxq.numbers.formats import Codebook
+from jaxq.numbers.histogram import Histogram
+
+Grid = tuple[int, ...]
+
+
+def centroids(form: Codebook, x: jax.Array, grid: Grid) -> jax.Array:
+    """Return the best centroids of every block of `x`, ascending: float32 [*grid, size]."""
+    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
+    return lax.reshape(_fitted_table(rows, form.size), (*grid, form.size))
+
+
+def table_of(form: Codebook, h: Histogram) -> jax.Array:
+    """Return the best centroids of all that was counted, as if it were in the middle of its bins: [*stack, size]."""
+    h = jax.tree.map(lambda leaf: lax.stop_gradient(jnp.asarray(leaf)), h)
+    stack, bins = h.counts.shape[:-1], h.counts.shape[-1]
+    counts = lax.reshape(h.counts, (h.exponent.size, bins))
+    middle = lax.broadcasted_iota(jnp.float32, counts.shape, 1) - np.float32((bins - 1) / 2)
+    table = lax.reshape(lloyd.fit(middle, form.size, counts), (*stack, form.size))
+    return lax.mul(table, jnp.broadcast_to(histogram.width(h)[..., None], table.shape))
+
+
+def _fitted_table(rows: jax.Array, size: int) -> jax.Array:
+    """Return the centroids of every row, found near one: squares of huge numbers overflow, of tiny ones vanish."""
+    if 0 in rows.shape:
+        return jnp.zeros((rows.shape[0], size), jnp.float32)
+    finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
+    power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
+    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size)
+    own, few = _distinct(finite, size)
+    table = lax.mul(table, jnp.broadcast_to(power, table.shape))
+    return lax.select(jnp.broadcast_to(few[:, None], table.shape), own, table)
+
+
+def _distinct(rows: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Return the values of every row without repetition, filled up with the last, and whether `size` hold them all."""
+    values = lax.sort(rows)
+    new = lax.convert_element_type(values[:, 1:] > values[:, :-1], jnp.int32)
+    rank = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))
+    table = jnp.broadcast_to(values[:, -1:], (rows.shape[0], size))
+    number = lax.broadcasted_iota(jnp.int32, rank.shape, 0)
+    return table.at[number, rank].set(values, mode="drop"), rank[:, -1] < size
