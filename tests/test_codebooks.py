@@ -42,3 +42,60 @@ def test_the_plan_holds_the_centroids_of_a_calibrated_activation():
     np.testing.assert_allclose(jaxq.quantize(linear, moved)(params, X), want, rtol=1e-5, atol=1e-5)
     halved = jaxq.revise(plan, jaxq.Scheme(weight=jaxq.int8(), act=jaxq.kmeans(4, calibrator=jaxq.minmax())))
     assert squared_error(X, halved.range("w")[0].table) < 1.01 * squared_error(X, clustering.optimal(X, 4))
+
+
+# --- importance -------------------------------------------------------------------------------------------------------
+
+
+def learned(size, **options):
+    return jaxq.kmeans(size, calibrator=jaxq.learned(), **options)
+
+
+def test_importance_makes_the_output_of_layers_the_best_there_is():
+    """The error of `x @ w` is that of w weighted by `E[x^2]`: with it as importance, no other centroids do better."""
+
+    def f(params, x):
+        def layer(carry, w):
+            return carry, x @ w.T
+
+        return jax.lax.scan(layer, 0, params["w"])[1] @ params["head"]
+
+    params = {
+        "w": jax.random.normal(jax.random.key(1), (2, 6, 8)),
+        "head": jax.random.normal(jax.random.key(2), (6, 4)),
+    }
+    spread = jnp.asarray([10.0, 5, 2, 1, 0.5, 0.2, 0.1, 0.01])
+    second = jnp.broadcast_to(spread**2, (2, 6, 8))
+    policy = {"head": jaxq.weight_only(learned(3, group=3)), "*": jaxq.weight_only(learned(4))}
+    plan = jaxq.make_plan(f, policy)(params, X)
+    importance = {"w": 1e-20 * second, "head": jnp.zeros((6, 4))}
+    y, plan = jax.jit(jaxq.observe(f, plan, importance=importance))(params, X)
+    np.testing.assert_allclose(y, f(params, X), rtol=1e-6)
+    for w, table in zip(params["w"], plan.range("w")[1].value, strict=True):
+        best = clustering.optimal(w, 4, second[0])
+        assert squared_error(w, table, second[0]) < 1.001 * squared_error(w, best, second[0])
+        assert 1.1 * squared_error(w, table, second[0]) < squared_error(w, clustering.optimal(w, 4), second[0])
+    # Without any importance all values count the same.
+    best = clustering.optimal(params["head"][:3, 0], 3)
+    np.testing.assert_allclose(plan.range("head")[1].value[0, 0], best, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "policy, importance, message",
+    [
+        (jaxq.weight_only(jaxq.kmeans(4)), {"w": np.ones((8, 4))}, "this plan has none"),
+        (jaxq.weight_only(learned(4)), {"v": np.ones((8, 4))}, "'v', which is no parameter; parameters are: w"),
+        (jaxq.weight_only(learned(4)), {}, "nothing for 'w'"),
+        (jaxq.weight_only(learned(4)), {"w": np.ones((4, 8))}, "another shape"),
+        (jaxq.weight_only(learned(4)), {"w": -np.ones((8, 4))}, "negative"),
+    ],
+)
+def test_importance_that_does_not_fit_is_refused(policy, importance, message):
+    with pytest.raises(ValueError, match=message):
+        jaxq.observe(linear, policy, importance=importance)(weights(8, 4), X)
+
+
+def test_importance_comes_first():
+    _, plan = jaxq.observe(linear, jaxq.weight_only(learned(4)))(weights(8, 4), X)
+    with pytest.raises(ValueError, match="fitted before: w; give importance= at the first"):
+        jaxq.observe(linear, plan, importance={"w": jnp.ones((8, 4))})(weights(8, 4), X)

@@ -12,10 +12,17 @@ from jaxq.numbers.histogram import Histogram
 Grid = tuple[int, ...]
 
 
-def centroids(form: Codebook, x: jax.Array, grid: Grid) -> jax.Array:
-    """Return the best centroids of every block of `x`, ascending: float32 [*grid, size]."""
-    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    return lax.reshape(_fitted_table(rows, form.size), (*grid, form.size))
+def centroids(form: Codebook, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> jax.Array:
+    """Return the best centroids of every block of `x`, ascending: float32 [*grid, size].
+
+    importance: what a squared error counts, of x's shape, at least zero; all the same in a block that has none.
+    """
+    rows, weights = (y if y is None else _rows(y, grid) for y in (x, importance))
+    return lax.reshape(_fitted_table(rows, form.size, weights), (*grid, form.size))
+
+
+def _rows(x: jax.Array, grid: Grid) -> jax.Array:
+    return blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
 
 
 def table_of(form: Codebook, h: Histogram) -> jax.Array:
@@ -28,16 +35,24 @@ def table_of(form: Codebook, h: Histogram) -> jax.Array:
     return lax.mul(table, jnp.broadcast_to(histogram.width(h)[..., None], table.shape))
 
 
-def _fitted_table(rows: jax.Array, size: int) -> jax.Array:
+def _fitted_table(rows: jax.Array, size: int, weights: jax.Array | None) -> jax.Array:
     """Return the centroids of every row, found near one: squares of huge numbers overflow, of tiny ones vanish."""
     if 0 in rows.shape:
         return jnp.zeros((rows.shape[0], size), jnp.float32)
     finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
     power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
-    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size)
+    weights = None if weights is None else _near_one(weights)
+    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size, weights)
     own, few = _distinct(finite, size)
     table = lax.mul(table, jnp.broadcast_to(power, table.shape))
     return lax.select(jnp.broadcast_to(few[:, None], table.shape), own, table)
+
+
+def _near_one(weights: jax.Array) -> jax.Array:
+    """Return the weights of every row over a power of two; ones for zeros."""
+    most = lax.reduce_max(weights, (1,))[:, None]
+    scaled = lax.mul(weights, jnp.broadcast_to(lax.div(np.float32(1), means.power_of(most)), weights.shape))
+    return lax.select(jnp.broadcast_to(most > 0, weights.shape), scaled, lax.full_like(weights, 1))
 
 
 def _distinct(rows: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -30,10 +30,10 @@ Grid = tuple[int, ...]
 class Trait(NamedTuple):
     """What a format with learned parameters can do; `value` is what `Parameters` hold for one array.
 
-    start: `(quantizer, x, grid) -> value`, the best for an array. encode: `(quantizer, x, grid, value) -> QArray`, of
-    values that are constant to derivatives. inside: `(quantizer, x, q) -> mask`, where the gradient by x passes, or
-    None for everywhere. follow: `(quantizer, x, q, value, change) -> dx`, how the decoded array moves when the value
-    does, linear in the change.
+    start: `(quantizer, x, grid, importance) -> value`, the best for an array whose errors may count differently.
+    encode: `(quantizer, x, grid, value) -> QArray`, of values that are constant to derivatives. inside: `(quantizer, x,
+    q) -> mask`, where the gradient by x passes, or None for everywhere. follow: `(quantizer, x, q, value, change) ->
+    dx`, how the decoded array moves when the value does, linear in the change.
     """
 
     start: Callable[..., Any]
@@ -45,17 +45,22 @@ class Trait(NamedTuple):
 def unobserved(stack: tuple[int, ...], quantizer: Quantizer, shape: Sequence[int], grid: Grid) -> Parameters:
     """Return the parameters of an array of `shape` that nothing has been seen of: NumPy zeros, a count of zero."""
     x = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-    value = jax.eval_shape(lambda x: _trait(quantizer).start(quantizer, x, grid), x)
+    value = jax.eval_shape(lambda x: _trait(quantizer).start(quantizer, x, grid, None), x)
     zeros = jax.tree.map(lambda leaf: np.zeros((*stack, *leaf.shape), np.float32), value)
     return Parameters(zeros, np.zeros(stack, np.float32))
 
 
-def observe(quantizer: Quantizer, x: jax.Array, grid: Grid, old: Parameters) -> Parameters:
-    """Return one observation: the best parameters of an array, which are looked for only where there are none yet."""
+def observe(
+    quantizer: Quantizer, x: jax.Array, grid: Grid, old: Parameters, importance: jax.Array | None = None
+) -> Parameters:
+    """Return one observation: the best parameters of an array, which are looked for only where there are none yet.
+
+    importance: what the squared error of each value counts, of x's shape; of codebooks only.
+    """
     x = lax.stop_gradient(x)
 
     def start() -> Any:
-        return _trait(quantizer).start(quantizer, x, grid)
+        return _trait(quantizer).start(quantizer, x, grid, importance)
 
     # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
     apart = bool(getattr(jax.typeof(x), "vma", None))
@@ -89,10 +94,10 @@ def _trait(quantizer: Quantizer) -> Trait:
 # --- codebooks --------------------------------------------------------------------------------------------------------
 
 
-def _table(quantizer: Quantizer, x: jax.Array, grid: Grid) -> jax.Array:
+def _table(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None) -> jax.Array:
     """Return the best centroids of every block, [*grid, size]."""
     assert isinstance(quantizer.format, Codebook)
-    return codebooks.centroids(quantizer.format, x, grid)
+    return codebooks.centroids(quantizer.format, x, grid, importance)
 
 
 def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -> QArray:
