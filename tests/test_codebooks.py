@@ -99,3 +99,23 @@ def test_importance_comes_first():
     _, plan = jaxq.observe(linear, jaxq.weight_only(learned(4)))(weights(8, 4), X)
     with pytest.raises(ValueError, match="fitted before: w; give importance= at the first"):
         jaxq.observe(linear, plan, importance={"w": jnp.ones((8, 4))})(weights(8, 4), X)
+
+
+# --- lookups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [jaxq.kmeans(5), jaxq.kmeans(4, group=8), jaxq.mxfp6(8), jaxq.float8()],
+    ids=repr,
+)
+def test_lookups_decode_only_the_rows_they_take(weight):
+    def f(params, ids):
+        return params["w"].at[ids].get(mode="fill", fill_value=7.0)
+
+    params, ids = weights(40, 16), jnp.array([3, 39, 0, 100, 3])
+    converted = jaxq.convert(f, jaxq.weight_only(weight))(params, ids)
+    serve = jax.jit(jaxq.quantize(f, jaxq.weight_only(weight)))
+    want = np.where(np.asarray(ids)[:, None] < 40, np.asarray(converted["w"].decode())[np.minimum(ids, 39)], 7.0)
+    np.testing.assert_array_equal(serve(converted, ids), want)
+    assert "f32[40,16]" not in serve.lower(converted, ids).compile().as_text()
