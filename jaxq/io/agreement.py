@@ -72,8 +72,8 @@ def _packs(q: QArray) -> bool:
     axis, length = q.packing
     if type(axis) is not int or type(length) is not int or not -q.ndim <= axis < 0:
         return False
-    per_byte = 8 // q.format.bits if q.format.bits in packing.PACKED_BITS else 0
-    return per_byte > 0 and q.stored.shape[axis] == -(-length // per_byte)
+    packs = 0 < q.format.bits <= packing.MOST_BITS
+    return packs and q.stored.shape[axis] == packing.packed_length(length, q.format.bits)
 
 
 def _check_numbers(q: QArray) -> None:

@@ -191,7 +191,7 @@ def mxfp8(group: int = 32) -> Quantizer:
 
 
 def mxfp6(group: int = 32) -> Quantizer:
-    """6-bit floats (e2m3) under one power of two for each block of 32, held in a byte each (OCP Microscaling v1.0).
+    """6-bit floats (e2m3) under one power of two for each block of 32 (OCP Microscaling v1.0).
 
     >>> import jaxq
     >>> jaxq.mxfp6()

@@ -1,8 +1,8 @@
 """A quantized array: codes, what is needed to decode them, and the format they are in.
 
 `x ~ scale * (codes - zero_point)`, or `scale * table[codes]`. The shape of the scale is the granularity (see `blocks`).
-A `QArray` is a pytree, reports the shape and dtype of the float array it stands for, and holds codes of 4, 2 and 1 bits
-packed when it is at rest (see `packing`). `Dropped` / `Stored` are what else can stand at a leaf of converted
+A `QArray` is a pytree, reports the shape and dtype of the float array it stands for, and holds codes of fewer than 8
+bits packed when it is at rest (see `packing`). `Dropped` / `Stored` are what else can stand at a leaf of converted
 parameters.
 """
 
@@ -100,7 +100,7 @@ class QArray:
         return held_bytes(self)
 
     def packed(self, skip: int = 0) -> "QArray":
-        """Return the same array with codes of 4, 2 and 1 bits packed into bytes, not along the first `skip` axes."""
+        """Return the same array with codes of fewer than 8 bits packed into bytes, not along the first `skip` axes."""
         axis = None if self.packing else packing.best_axis(self.shape[skip:], self.format.bits)
         if axis is None:
             return self

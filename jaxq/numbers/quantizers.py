@@ -170,7 +170,7 @@ class Quantizer:
         """Quantize an array by its own range: one scale per index of every axis outside `contracted`.
 
         The default contracts all axes but the last, as for a kernel `[inputs, outputs]`, and the only axis of a vector.
-        Codes of 4, 2 and 1 bits come packed. key: round stochastically instead of to nearest. Raises `ValueError` for
+        Codes of fewer than 8 bits come packed. key: round stochastically instead of to nearest. Raises `ValueError` for
         NaN or infinity where the values are known, and `TypeError` for an array that is not floating point.
         """
         x = as_float(x)
