@@ -148,7 +148,7 @@ def _check_grids(decision: Decision) -> None:
         try:
             quantizer.grid(operand.shape, operand.contracted)
         except ValueError as error:
-            raise ValueError(f"site '{site.name}': {error}; choose another group=") from None
+            raise ValueError(f"site '{site.name}': {error}; choose another group= or dim=") from None
         if quantizer.group and site.op in ("conv_general_dilated", "ragged_dot"):
             _check_ungrouped(decision, operand.role)
     _check_nested(decision)

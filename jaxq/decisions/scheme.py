@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxq.numbers.formats import vector_length
 from jaxq.numbers.quantizers import Quantizer
 
 
@@ -24,7 +25,8 @@ class Backward:
         for role, value in (("act", self.act), ("weight", self.weight)):
             if value is not None and not isinstance(value, Quantizer):
                 raise TypeError(f"Backward({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
-            if value is not None and (value.static or value.group or not value.symmetric):
+            wide = value is not None and vector_length(value.format) > 1
+            if value is not None and (value.static or value.group or not value.symmetric or wide):
                 raise ValueError(
                     f"gradients change at every step: Backward({role}=) takes a dynamic, symmetric quantizer without "
                     f"groups, such as jaxq.int8(), got {value!r}"
@@ -63,6 +65,9 @@ class Scheme:
             raise ValueError(
                 "unsigned symmetric codes clip every negative weight: use jaxq.uint8(), which has a zero point"
             )
+        for role, value in (("act", self.act), ("out", self.out)):
+            if value is not None and vector_length(value.format) > 1:
+                raise ValueError(f"codebooks of vectors are for weights: drop dim= from Scheme({role}=)")
         if self.act is not None and self.act.learned and not self.act.per_tensor:
             raise ValueError("learned parameters of activations are per tensor: add per_tensor=True to Scheme(act=)")
         if self.out is not None:

@@ -9,6 +9,7 @@ barrier, without which XLA folds constants into other roundings than it uses for
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,10 +55,16 @@ def to_codes(task: Task, number: int, x: jax.Array, r: Leaf | None, key: jax.Arr
     """
     quantizer, grid = task.quantizers[number], _grid(task, number, x)
     if isinstance(r, Parameters):
-        return learning.encode(quantizer, x, grid, r)
+        return _turned(task, number, x, lambda x: learning.encode(quantizer, x, grid, r))
     if key is not None and quantizer.stochastic:
         return codecs.encode_stochastically(quantizer, x, grid, key, _fixed(quantizer, r, grid))
-    return codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid))
+    return _turned(task, number, x, lambda x: codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid)))
+
+
+def _turned(task: Task, number: int, x: jax.Array, encode: Callable[[jax.Array], QArray]) -> QArray:
+    """Encode an operand with the axis that vectors run along at the end."""
+    quantizer, axes = task.quantizers[number], task.op.contracted[number]
+    return quantizer.turn(encode(quantizer.turn(x, axes)), axes)
 
 
 def _grid(task: Task, number: int, x: jax.Array) -> tuple[int, ...]:

@@ -128,8 +128,10 @@ class Observe(Rule):
         if not quantizer.learned:
             return observe(quantizer, x)
         assert isinstance(old, Parameters), "a learned quantizer comes with parameters"
-        grid = quantizer.grid(x.shape, item.op.contracted[number])
-        return learning.observe(quantizer, x, grid, old, importance if number == item.weight else None)
+        axes = item.op.contracted[number]
+        grid, x = quantizer.grid(x.shape, axes), quantizer.turn(x, axes)
+        own = quantizer.turn(importance, axes) if importance is not None and number == item.weight else None
+        return learning.observe(quantizer, x, grid, old, own)
 
     def at_first_sight(self, item: Located, number: int, quantizer: Quantizer | None, x, old, importance=None) -> Any:
         """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""

@@ -15,10 +15,13 @@ Grid = tuple[int, ...]
 def centroids(form: Codebook, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> jax.Array:
     """Return the best centroids of every block of `x`, ascending: float32 [*grid, size].
 
-    importance: what a squared error counts, of x's shape, at least zero; all the same in a block that has none.
+    importance: what a squared error counts, of x's shape, at least zero; all the same in a block that has none. Vectors
+    run along the last axis and count what their values do together; their centroids, near the best, are in no order:
+    [*grid, size * dim].
     """
     rows, weights = (y if y is None else _rows(y, grid) for y in (x, importance))
-    return lax.reshape(_fitted_table(rows, form.size, weights), (*grid, form.size))
+    fitted = _fitted_table if form.dim == 1 else _fitted_vectors
+    return lax.reshape(fitted(rows, form, weights), (*grid, form.entries))
 
 
 def _rows(x: jax.Array, grid: Grid) -> jax.Array:
@@ -35,17 +38,35 @@ def table_of(form: Codebook, h: Histogram) -> jax.Array:
     return lax.mul(table, jnp.broadcast_to(histogram.width(h)[..., None], table.shape))
 
 
-def _fitted_table(rows: jax.Array, size: int, weights: jax.Array | None) -> jax.Array:
+def _fitted_table(rows: jax.Array, form: Codebook, weights: jax.Array | None) -> jax.Array:
     """Return the centroids of every row, found near one: squares of huge numbers overflow, of tiny ones vanish."""
     if 0 in rows.shape:
-        return jnp.zeros((rows.shape[0], size), jnp.float32)
-    finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
-    power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
-    weights = None if weights is None else _near_one(weights)
-    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size, weights)
-    own, few = _distinct(finite, size)
+        return jnp.zeros((rows.shape[0], form.size), jnp.float32)
+    scaled, power = _scaled(rows)
+    table = lloyd.fit(scaled, form.size, None if weights is None else _near_one(weights))
+    own, few = _distinct(rows, form.size)
     table = lax.mul(table, jnp.broadcast_to(power, table.shape))
     return lax.select(jnp.broadcast_to(few[:, None], table.shape), own, table)
+
+
+def _fitted_vectors(rows: jax.Array, form: Codebook, weights: jax.Array | None) -> jax.Array:
+    """Return the centroids of every row's vectors: k-means++ from a key that is always the same, and Lloyd."""
+    if 0 in rows.shape:
+        return jnp.zeros((rows.shape[0], form.entries), jnp.float32)
+    scaled, power = _scaled(rows)
+    weights = jnp.ones_like(rows) if weights is None else _near_one(weights)
+    vectors, weights = (lax.reshape(y, (rows.shape[0], rows.shape[1] // form.dim, form.dim)) for y in (scaled, weights))
+    key = jax.random.key(0, impl="threefry2x32")
+    table = jax.vmap(lambda v, w: lloyd.fit_vectors(key, v, form.size, weights=w.sum(-1)))(vectors, weights)
+    table = lax.reshape(table, (rows.shape[0], form.entries))
+    return lax.mul(table, jnp.broadcast_to(power, table.shape))
+
+
+def _scaled(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return every row over a power of two, zeros for what is not finite, and the powers: [blocks, 1]."""
+    finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
+    power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
+    return lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), power
 
 
 def _near_one(weights: jax.Array) -> jax.Array:
@@ -57,7 +78,7 @@ def _near_one(weights: jax.Array) -> jax.Array:
 
 def _distinct(rows: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Return the values of every row without repetition, filled up with the last, and whether `size` hold them all."""
-    values = lax.sort(rows)
+    values = lax.sort(lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0)))
     new = lax.convert_element_type(values[:, 1:] > values[:, :-1], jnp.int32)
     rank = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))
     table = jnp.broadcast_to(values[:, -1:], (rows.shape[0], size))

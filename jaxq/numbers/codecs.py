@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import affine, blocks, codebooks, floats, lloyd, means, microscaling
+from jaxq.numbers import affine, blocks, codebooks, floats, lloyd, means, microscaling, packing
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Int, Levels, Ternary
-from jaxq.numbers.qarray import QArray
+from jaxq.numbers.qarray import Packing, QArray
 from jaxq.numbers.scaling import Microscale, Nested
 
 if TYPE_CHECKING:
@@ -180,16 +180,30 @@ def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r:
     """The nearest of k centroids: those of every block (k-means), or those of a static range."""
     if r is None:
         return by_table(form, x, grid, codebooks.centroids(form, x, grid))
-    return by_table(form, x, grid, lax.reshape(r.table, (*grid, form.size)), r)
+    return by_table(form, x, grid, lax.reshape(r.table, (*grid, form.entries)), r)
 
 
 def by_table(form: Codebook, x: jax.Array, grid: Grid, table: jax.Array, r: Range | None = None) -> QArray:
-    """Return the codes of the nearest of ascending centroids [*grid, size]: NaN where a block is not finite."""
+    """Return the codes of the nearest of centroids [*grid, entries]: NaN where a block is not finite.
+
+    Numbers as centroids are ascending; vectors run along the last axis, and their codes come packed along it.
+    """
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
     width = jnp.broadcast_to(lax.expand_dims(_width(x, grid, r), (len(grid),)), table.shape)
     table = lax.select(lax.lt(width, np.float32(np.inf)), table, lax.full_like(table, np.nan))
+    if form.dim > 1:
+        return _by_vectors(form, x, table)
     codes = blocks.from_rows(lloyd.assign(rows, lax.reshape(table, (rows.shape[0], form.size))), grid, x.shape)
     return QArray(codes, None, None, form, x.dtype, table=table)
+
+
+def _by_vectors(form: Codebook, x: jax.Array, table: jax.Array) -> QArray:
+    """Return the codes of the nearest vectors, of one table for all."""
+    vectors = lax.reshape(lax.convert_element_type(x, jnp.float32), (x.size // form.dim, form.dim))
+    index = lloyd.assign_vectors(vectors, lax.reshape(table, (form.size, form.dim)))
+    first = lax.reshape(index, (*x.shape[:-1], x.shape[-1] // form.dim))
+    stored = packing.pack_indices(lax.convert_element_type(first, jnp.uint8), form, x.ndim - 1)
+    return QArray(stored, None, None, form, x.dtype, table=table, packing=Packing(-1, x.shape[-1]))
 
 
 ENCODERS: dict[type, Callable[..., QArray]] = {

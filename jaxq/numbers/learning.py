@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.numbers import codebooks, codecs, steps
-from jaxq.numbers.formats import Codebook, Int
+from jaxq.numbers.formats import Codebook, Int, vector_length
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 
@@ -101,9 +101,10 @@ def _table(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array
 
 
 def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -> QArray:
-    """Return the nearest centroids; they are sorted first, since training may have moved one past another."""
+    """Return the nearest centroids; numbers are sorted first, since training may have moved one past another."""
     assert isinstance(quantizer.format, Codebook)
-    return codecs.by_table(quantizer.format, x, grid, jnp.sort(table, axis=-1))
+    table = jnp.sort(table, axis=-1) if quantizer.format.dim == 1 else table
+    return codecs.by_table(quantizer.format, x, grid, table)
 
 
 def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
@@ -112,7 +113,8 @@ def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
 
 def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, change: jax.Array) -> jax.Array:
     """`dx_i = dc_(code of i)`: the gradient of a centroid is its cluster's sum (Han et al. 2016, section 3.3)."""
-    change = jnp.take_along_axis(change, jnp.argsort(value, axis=-1), axis=-1)  # codes are by the sorted table
+    if vector_length(quantizer.format) == 1:
+        change = jnp.take_along_axis(change, jnp.argsort(value, axis=-1), axis=-1)  # codes are by the sorted table
     return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
 
 

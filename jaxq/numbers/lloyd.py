@@ -140,22 +140,24 @@ def centroid_gradient(gradient: jax.Array, indices: jax.Array, k: int) -> jax.Ar
     return jax.vmap(total)(_float32(gradient), indices.astype(jnp.int32))
 
 
-def fit_vectors(key: jax.Array, vectors: jax.Array, k: int, iterations: int = 20) -> jax.Array:
-    """Return a codebook for vectors, by k-means++ and Lloyd's iterations. [n, d] -> [k, d].
+def fit_vectors(
+    key: jax.Array, vectors: jax.Array, k: int, iterations: int = 20, weights: jax.Array | None = None
+) -> jax.Array:
+    """Return a codebook for vectors, by k-means++ and Lloyd's iterations. [n, d], weights [n] -> [k, d].
 
     An entry that is nearest to no vector stays where it is.
     """
     vectors = _float32(vectors)
+    weights = jnp.ones(vectors.shape[0], jnp.float32) if weights is None else _float32(weights)
 
     def step(_, codebook):
         index = assign_vectors(vectors, codebook)
-        count = jax.ops.segment_sum(jnp.ones_like(index), index, k)[:, None].astype(jnp.float32)
+        mass = jax.ops.segment_sum(weights, index, k)[:, None]
         # The mean of the distances from the old entry: smaller numbers, smaller rounding errors.
-        moved = jax.ops.segment_sum(vectors - codebook[index], index, k)
-        return codebook + moved / jnp.maximum(count, 1)
+        moved = jax.ops.segment_sum(weights[:, None] * (vectors - codebook[index]), index, k)
+        return codebook + moved / jnp.where(mass > 0, mass, 1)
 
-    start = _plus_plus(key, vectors, jnp.ones(vectors.shape[0], jnp.float32), k)
-    return lax.fori_loop(0, iterations, step, start)
+    return lax.fori_loop(0, iterations, step, _plus_plus(key, vectors, weights, k))
 
 
 def assign_vectors(vectors: jax.Array, codebook: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 class Parameters(NamedTuple):
     """What training may change of a quantizer, and how often it was observed; all leaves float32.
 
-    value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, size]); count:
-    [*stack], zero where nothing was observed. Differentiable by `value`.
+    value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, entries]);
+    count: [*stack], zero where nothing was observed. Differentiable by `value`.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}

@@ -43,7 +43,7 @@ class QArray:
     stored: the codes, [*shape] in `format.storage`, or bytes where `packing` says so; scale: each dimension divides the
     codes', float32, or uint8 exponents of two (MX), or float8 to be multiplied by `outer` (NVFP4), or None for
     codebooks; zero_point: in `format.storage`, of the scale's shape, or None for a symmetric array; table: float32
-    [*grid, size] of a codebook's centroids. `dtype` is that of the float array this stands for.
+    [*grid, entries] of a codebook's centroids. `dtype` is that of the float array this stands for.
 
     >>> import jax.numpy as jnp, jaxq
     >>> q = jaxq.int8()(jnp.array([[1.0, -2.0], [0.5, 4.0]]))
@@ -101,7 +101,7 @@ class QArray:
 
     def packed(self, skip: int = 0) -> "QArray":
         """Return the same array with codes of fewer than 8 bits packed into bytes, not along the first `skip` axes."""
-        axis = None if self.packing else packing.best_axis(self.shape[skip:], self.format.bits)
+        axis = None if self.packing else packing.best_axis(self.shape[skip:], self.format)
         if axis is None:
             return self
         axis += skip

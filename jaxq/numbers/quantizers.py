@@ -5,6 +5,7 @@ It is plain data; what it does to an array is in `codecs`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
 from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
-from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary
+from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary, vector_length
 from jaxq.numbers.parameters import Learned
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.rounding import NearestEven, Stochastic
@@ -83,6 +84,8 @@ class Quantizer:
             raise ValueError("a range is fitted to the array (fit=) or calibrated (calibrator=), not both")
         if integer and self.symmetric and form.bits == 1 and form.signed:
             raise ValueError("one signed bit has no symmetric codes in two's complement: use jaxq.binary()")
+        if vector_length(form) > 1 and not self.per_tensor:
+            raise ValueError("a codebook of vectors is one for all: drop group= and per_tensor=False")
         if self.group is not None and (isinstance(form, Fixed) or (isinstance(form, Float) and form.bits > 8)):
             raise ValueError(f"{form} has no scales, so no groups of them: drop group=")
 
@@ -115,6 +118,8 @@ class Quantizer:
             raise ValueError(
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
+        if vector_length(self.format) > 1 and isinstance(self.calibrator, MinMax):
+            raise ValueError("calibration counts numbers, not vectors: use calibrator=jaxq.learned()")
         if self.learned and self.stochastic:
             raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
         if self.learned and (not isinstance(self.format, (Codebook, Int)) or self.scaling is not None):
@@ -158,8 +163,27 @@ class Quantizer:
         assert isinstance(self.format, Integers), f"{self.format} has no integer products"
         return self.format.reach(self.symmetric)
 
+    def turn(self, x: Any, contracted: Sequence[int]) -> Any:
+        """Return an array, or its codes, with the axis that vectors run along, the last contracted one, at the end.
+
+        It changes places with the last axis, so that turned once more all is as it was. Single numbers stay.
+        """
+        if vector_length(self.format) == 1:
+            return x
+        axis, last, order = tuple(contracted)[-1], x.ndim - 1, list(range(x.ndim))
+        order[axis], order[last] = last, axis
+        return x.transpose(tuple(order))
+
     def grid(self, shape: Sequence[int], contracted: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the scale for an operand of `shape` whose `contracted` axes are summed over."""
+        """Return the shape of the scale for an operand of `shape` whose `contracted` axes are summed over.
+
+        Raises `ValueError` where groups, or the vectors of a codebook, do not divide the last of these.
+        """
+        dim, axis = vector_length(self.format), tuple(contracted)[-1:]
+        if dim > 1 and (not axis or shape[axis[0]] % dim):
+            raise ValueError(
+                f"vectors of {dim} do not divide the last of the axes {tuple(contracted)} of {tuple(shape)}"
+            )
         if self.per_tensor:
             return (1,) * len(shape)
         return blocks.grid_shape(shape, contracted, self.group)
@@ -174,10 +198,11 @@ class Quantizer:
         NaN or infinity where the values are known, and `TypeError` for an array that is not floating point.
         """
         x = as_float(x)
-        axes = range(max(1, x.ndim - 1)) if contracted is None else [axis % x.ndim for axis in contracted]
+        axes = list(range(max(1, x.ndim - 1))) if contracted is None else [axis % x.ndim for axis in contracted]
         grid = self.grid(x.shape, tuple(axes))
-        q = codecs.encode(self, x, grid) if key is None else codecs.encode_stochastically(self, x, grid, key)
-        return q.packed()
+        if key is not None:
+            return codecs.encode_stochastically(self, x, grid, key).packed()
+        return self.turn(codecs.encode(self, self.turn(x, axes), grid), axes).packed()
 
     def __repr__(self) -> str:
         words = [str(self.format)]
