@@ -194,3 +194,78 @@ def test_training_equals_serving_with_vectors_everywhere():
 def test_vectors_where_they_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def soft_values(w, centroids, temperature, iterations):
+    """Return differentiable k-means in float64 NumPy (Cho et al. 2022, algorithm 1)."""
+    for step in range(iterations + 1):
+        logits = -((w[:, None] - centroids) ** 2) / temperature
+        attention = np.exp(logits - logits.max(1, keepdims=True))
+        attention /= attention.sum(1, keepdims=True)
+        if step < iterations:
+            centroids = attention.T @ w / attention.sum(0)
+    return attention @ centroids
+
+
+def test_dkm_is_hard_forward_and_soft_backward():
+    """The gradient is that of soft values in NumPy, by differences; what is served is what was trained."""
+    params, quantizer = weights(8, 4), jaxq.kmeans(4, fit=jaxq.dkm(0.05, iterations=2))
+    plan = jaxq.make_plan(linear, jaxq.weight_only(quantizer))(params, X)
+    plan = jaxq.Plan.from_json(plan.to_json())
+    converted = jaxq.convert(linear, plan)(params, X)
+    trained, pull = jax.vjp(jax.jit(jaxq.qat(linear, plan)), params, X)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(linear, plan))(converted, X), trained)
+    np.testing.assert_allclose(np.unique(converted["w"].decode()), clustering.optimal(params["w"], 4), rtol=1e-6)
+    cotangent = jnp.sin(jnp.arange(256.0)).reshape(64, 4)
+    got = np.asarray(pull(cotangent)[0]["w"]).ravel()
+    w, by_decoded = (np.asarray(a, np.float64).ravel() for a in (params["w"], X.T @ cotangent))
+    how = (np.asarray(converted["w"].table, np.float64).ravel(), 0.05 * w.var(), 2)
+    want = [by_decoded @ (soft_values(w + d, *how) - soft_values(w - d, *how)) / 2e-6 for d in 1e-6 * np.eye(32)]
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
+def test_frozen_values_stay_with_their_centroids():
+    frozen = jaxq.kmeans(4, calibrator=jaxq.learned(frozen=True))
+    params, policy = weights(8, 4), jaxq.weight_only(frozen)
+    _, plan = jaxq.observe(linear, policy)(params, X)
+    codes = jaxq.convert(linear, plan)(params, X)["w"].codes
+
+    def loss(plan, params):
+        return jnp.sum(jaxq.qat(linear, plan)(params, X) ** 2)
+
+    by_plan, by_params = jax.grad(loss, argnums=(0, 1))(plan, params)
+    assert not by_params["w"].any() and not by_plan.range("w")[1].value[1].any()
+    rate = 1e-2 * np.ptp(params["w"])
+    moved = jax.tree.map(lambda leaf, g: leaf - rate * g, plan, by_plan)  # so far that centroids pass one another
+    moved = jaxq.Plan.from_json(moved.to_json())
+    table = np.asarray(moved.range("w")[1].value[0])
+    assert np.any(np.diff(table.ravel()) < 0)
+    converted = jaxq.convert(linear, moved)(params, X)
+    np.testing.assert_array_equal(converted["w"].codes, codes)
+    np.testing.assert_array_equal(converted["w"].decode(), table.ravel()[np.asarray(codes)])
+    trained = jax.jit(jaxq.qat(linear, moved))(params, X)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(linear, moved))(converted, X), trained)
+    decoded = np.asarray(converted["w"].decode(), np.float64)
+    by_decoded = 2 * np.asarray(X, np.float64).T @ (np.asarray(X, np.float64) @ decoded)
+    got = jax.grad(loss)(moved, params).range("w")[1].value[0].ravel()
+    want = [np.sum(by_decoded, where=np.asarray(codes) == n) for n in range(4)]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jaxq.int8(fit=jaxq.dkm(0.1)), "codebooks of single numbers"),
+        (lambda: jaxq.kmeans(4, dim=2, fit=jaxq.dkm(0.1)), "codebooks of single numbers"),
+        (lambda: jaxq.Scheme(act=jaxq.kmeans(4, fit=jaxq.dkm(0.1))), "trains weights"),
+        (lambda: jaxq.Scheme(jaxq.kmeans(4, fit=jaxq.dkm(0.1)), jaxq.int8(), grad=jaxq.int8()), "soft assignments"),
+        (lambda: jaxq.dkm(-1.0), "at least 0"),
+        (lambda: jaxq.int8(calibrator=jaxq.learned(frozen=True)), "drop frozen="),
+    ],
+)
+def test_ways_to_train_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -21,10 +21,11 @@ from jaxq import lowering
 from jaxq.decisions.scheme import Backward
 from jaxq.interpretation import backward
 from jaxq.lowering import matrices
-from jaxq.numbers import codecs, learning
+from jaxq.numbers import codebooks, codecs, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
 from jaxq.numbers.calibrators import Leaf, Range
+from jaxq.numbers.fits import DKM
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
@@ -269,10 +270,15 @@ def _imitation_jvp(quantizer, primals, tangents):
 
 
 def _through(quantizer: Quantizer, x: jax.Array, q: QArray | None, r: Leaf | None, dx: jax.Array) -> jax.Array:
-    """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
+    """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped.
+
+    With `dkm()` it is that of soft assignments.
+    """
     if q is None:
         return dx
     x = lax.stop_gradient(x)
+    if isinstance(quantizer.fit, DKM):
+        return codebooks.follow_softly(quantizer.fit, x, lax.stop_gradient(q.table), dx)
     if isinstance(r, Parameters):
         inside = learning.inside(quantizer, x, q)
     else:

@@ -6,10 +6,14 @@ import numpy as np
 from jax import lax
 
 from jaxq.numbers import blocks, histogram, lloyd, means
+from jaxq.numbers.fits import DKM
 from jaxq.numbers.formats import Codebook
 from jaxq.numbers.histogram import Histogram
 
 Grid = tuple[int, ...]
+
+# The least temperature of soft assignments, for values of about one.
+COLD = 1e-30
 
 
 def centroids(form: Codebook, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> jax.Array:
@@ -26,6 +30,23 @@ def centroids(form: Codebook, x: jax.Array, grid: Grid, importance: jax.Array | 
 
 def _rows(x: jax.Array, grid: Grid) -> jax.Array:
     return blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
+
+
+def follow_softly(fit: DKM, x: jax.Array, table: jax.Array, dx: jax.Array) -> jax.Array:
+    """Return how `x`, at the nearest of the centroids [*grid, size], moves with a change of x: linear in it."""
+    grid = table.shape[:-1]
+    rows, power = _scaled(_rows(x, grid))
+    start = lax.reshape(table, (rows.shape[0], table.shape[-1]))
+    start = lax.div(start, jnp.broadcast_to(power, start.shape))
+    spread = jnp.var(rows, axis=1)[:, None, None]
+    temperature = lax.max(lax.mul(spread, np.float32(fit.temperature)), np.float32(COLD))
+
+    def soft(rows: jax.Array) -> jax.Array:
+        return lloyd.dkm(rows, start, temperature, fit.iterations)[0]
+
+    # Both sides are over the same power of two, and the map between them is linear.
+    step = jax.jvp(soft, (rows,), (_rows(dx, grid),))[1]
+    return lax.convert_element_type(blocks.from_rows(step, grid, x.shape), dx.dtype)
 
 
 def table_of(form: Codebook, h: Histogram) -> jax.Array:

@@ -2,7 +2,7 @@
 
 A format is here if it has a `Trait`: the best parameters of an array, the codes that parameters give, where nothing is
 clipped, and the derivative of the decoded array. Assignments are made anew at every call, by the parameters as they are
-then, and are constant to derivatives.
+then or, where they are frozen, as they were at first; they are constant to derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxq.numbers import codebooks, codecs, steps
 from jaxq.numbers.formats import Codebook, Int, vector_length
-from jaxq.numbers.parameters import Parameters
+from jaxq.numbers.parameters import Learned, Parameters
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, parameters: Parameters
 
 
 def _trait(quantizer: Quantizer) -> Trait:
-    return TRAITS[type(quantizer.format)]
+    assert isinstance(quantizer.calibrator, Learned), "only learned quantizers have parameters"
+    return FROZEN if quantizer.calibrator.frozen else TRAITS[type(quantizer.format)]
 
 
 # --- codebooks --------------------------------------------------------------------------------------------------------
@@ -118,6 +119,29 @@ def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, chan
     return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
 
 
+def _pair(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the best centroids twice: those that are trained, and those that values are assigned by."""
+    table = _table(quantizer, x, grid, importance)
+    return table, table
+
+
+def _assigned(quantizer: Quantizer, x: jax.Array, grid: Grid, pair: tuple[jax.Array, jax.Array]) -> QArray:
+    """Return the codes by what the centroids were at first, with the centroids as they are."""
+    assert isinstance(quantizer.format, Codebook)
+    q = codecs.by_table(quantizer.format, x, grid, pair[1])
+    return dataclasses.replace(q, table=lax.select(lax.eq(q.table, q.table), pair[0], q.table))
+
+
+def _nowhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
+    return lax.full_like(x, False, jnp.bool_)
+
+
+def _moved_alone(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
+    """`dx_i = dc_(code of i)`, whatever happens to the centroids of the assignment."""
+    return lax.convert_element_type(dataclasses.replace(q, table=change[0]).values(), x.dtype)
+
+
+FROZEN = Trait(_pair, _assigned, _nowhere, _moved_alone)
 TRAITS: dict[type, Trait] = {
     Codebook: Trait(_table, _nearest, _everywhere, _moved),
     Int: Trait(steps.start, steps.encode, steps.inside, steps.follow),

@@ -112,9 +112,9 @@ def dkm(values: jax.Array, centroids: jax.Array, temperature, iterations: int) -
     """Return soft values and centroids of differentiable k-means: gradients flow through all its iterations.
 
     `A = softmax_j(-(x_i - c_j)^2 / temperature)`, `c_j <- sum_i A_ij x_i / sum_i A_ij`, soft values `A c`. values:
-    [blocks, n]; centroids: [blocks, k]; temperature: a positive scalar, in units of the values' variance. Memory is
-    that of one iteration, `n k` numbers per block: the others are computed again in the gradient. Cho et al. 2022
-    (DKM), algorithm 1.
+    [blocks, n]; centroids: [blocks, k]; temperature: positive, in units of the values' variance, one number or
+    [blocks, 1, 1]. Memory is that of one iteration, `n k` numbers per block: the others are computed again in the
+    gradient. Cho et al. 2022 (DKM), algorithm 1.
     """
     values, centroids, temperature = _float32(values), _float32(centroids), _float32(temperature)
     precise = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

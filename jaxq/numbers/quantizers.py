@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
-from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
+from jaxq.numbers.fits import DKM, MSE, Entropy, Fit, MeanAbs, Octav
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary, vector_length
 from jaxq.numbers.parameters import Learned
 from jaxq.numbers.qarray import QArray
@@ -63,16 +63,31 @@ class Quantizer:
             raise ValueError(f"group= is a positive number of indices, got {self.group!r}")
         if self.static and not self.learned and not self.per_tensor:
             raise ValueError("a calibrated (static) range is per tensor: add per_tensor=True, or drop calibrator=")
+        self._check_codebook()
         self._check_format()
         self._check_calibrator()
         self._check_scaling()
+
+    def _check_codebook(self) -> None:
+        """Raise for what only codebooks, or only those of single numbers, can do."""
+        form, vectors = self.format, vector_length(self.format) > 1
+        if isinstance(self.fit, DKM) and (not isinstance(form, Codebook) or vectors):
+            raise ValueError(f"dkm() is for codebooks of single numbers: drop fit= for {form}")
+        if isinstance(self.calibrator, Learned) and self.calibrator.frozen and not isinstance(form, Codebook):
+            raise ValueError(f"frozen=True keeps values at their centroids, {form} has none: drop frozen=")
+        if vectors and not self.per_tensor:
+            raise ValueError("a codebook of vectors is one for all: drop group= and per_tensor=False")
+        if vectors and isinstance(self.calibrator, MinMax):
+            raise ValueError("calibration counts numbers, not vectors: use calibrator=jaxq.learned()")
 
     def _check_format(self) -> None:
         """Raise for options that a format has no use for."""
         form, integer = self.format, isinstance(self.format, Int)
         if not integer and not self.symmetric:
             raise ValueError(f"only integers have zero points: drop symmetric=False for {form}")
-        if not integer and (self.fit is not None or self.power_of_two or not self.narrow):
+        if not integer and (
+            (self.fit is not None and not isinstance(self.fit, DKM)) or self.power_of_two or not self.narrow
+        ):
             raise ValueError(f"fit=, power_of_two= and narrow= are options of integers: drop them for {form}")
         if not isinstance(self.rounding, (NearestEven, Stochastic)):
             raise TypeError(f"rounding= of integers is NearestEven() or Stochastic(), got {self.rounding!r}")
@@ -84,8 +99,6 @@ class Quantizer:
             raise ValueError("a range is fitted to the array (fit=) or calibrated (calibrator=), not both")
         if integer and self.symmetric and form.bits == 1 and form.signed:
             raise ValueError("one signed bit has no symmetric codes in two's complement: use jaxq.binary()")
-        if vector_length(form) > 1 and not self.per_tensor:
-            raise ValueError("a codebook of vectors is one for all: drop group= and per_tensor=False")
         if self.group is not None and (isinstance(form, Fixed) or (isinstance(form, Float) and form.bits > 8)):
             raise ValueError(f"{form} has no scales, so no groups of them: drop group=")
 
@@ -118,8 +131,6 @@ class Quantizer:
             raise ValueError(
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
-        if vector_length(self.format) > 1 and isinstance(self.calibrator, MinMax):
-            raise ValueError("calibration counts numbers, not vectors: use calibrator=jaxq.learned()")
         if self.learned and self.stochastic:
             raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
         if self.learned and (not isinstance(self.format, (Codebook, Int)) or self.scaling is not None):
