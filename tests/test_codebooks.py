@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.numbers import clustering
+from jaxq.numbers import clustering, lloyd
 
 X = jax.random.normal(jax.random.key(9), (64, 8))
 
@@ -269,3 +269,16 @@ def test_frozen_values_stay_with_their_centroids():
 def test_ways_to_train_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- many centroids ---------------------------------------------------------------------------------------------------
+
+
+def test_many_centroids_are_near_the_optimum_where_tails_are_heavy():
+    """256 centroids of Student's t with two degrees of freedom; the optimum is that of dynamic programming."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(2, 20000).astype(np.float32)
+    importance = rng.uniform(size=x.size).astype(np.float32)
+    found = lloyd.fit(x[None], 256, importance[None])
+    best = squared_error(x, clustering.optimal(x, 256, importance), importance)
+    assert best * (1 - 1e-6) <= squared_error(x, found, importance) < 1.003 * best

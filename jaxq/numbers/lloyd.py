@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import partition
+from jaxq.numbers import partition, windows
 
 # A number as the unrounded sum of two float32.
 Pair = tuple[jax.Array, jax.Array]
@@ -26,7 +26,8 @@ NEGLIGIBLE = np.float32(2.0**-40)
 QUANTILES = 2**14
 # Up to here comparisons, which fuse with what surrounds them, are faster than binary searches.
 MOST_COMPARISONS = 15
-# Points that stand for a block of more values: so many for each cluster, within these limits.
+# Points that stand for a block of more values: so many for each cluster, within these limits. Where there are fewer of
+# them than that, the partition is improved once more.
 POINTS_EACH, FEWEST, MOST = 16, 256, 1024
 # Vectors whose distances to all centroids are in memory at once.
 BATCH = 2**14
@@ -98,7 +99,8 @@ def fit(values: jax.Array, k: int, weights: jax.Array | None = None) -> jax.Arra
     """Return the best k centroids of every block, ascending: `partition.best` and `lloyd`. [blocks, n] -> [blocks, k].
 
     The optimum where a block has at most 256 values, or 16 k if that is more, up to 1024; otherwise they are grouped
-    into so many points to start from. Costs are float32: of two that differ by less than 1e-6 either may be taken.
+    into so many points to start from and, for more than 64 clusters, improved with `windows`. Costs are float32: of two
+    that differ by less than 1e-6 either may be taken.
 
     >>> import jax.numpy as jnp
     >>> from jaxq.numbers.lloyd import fit
@@ -231,6 +233,13 @@ def _between(running: Pair, ends: jax.Array) -> jax.Array:
     return (high[:, 1:] - high[:, :-1]) + (low[:, 1:] - low[:, :-1])
 
 
+def _ends(values: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return where the clusters of ascending values begin, and the end: int32 [blocks, k + 1]."""
+    search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
+    inner = search(values, _middle(centroids)).astype(jnp.int32)
+    return jnp.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, values.shape[-1])))
+
+
 @functools.partial(jax.jit, static_argnames="iterations")
 def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, iterations: int) -> jax.Array:
     n = values.shape[-1]
@@ -238,11 +247,9 @@ def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, i
         return centroids
     first = _running(values if weights is None else weights * values)
     mass = None if weights is None else _running(weights)
-    search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def step(centroids):
-        inner = search(values, _middle(centroids)).astype(jnp.int32)
-        ends = jnp.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, n)))
+        ends = _ends(values, centroids)
         count = jnp.diff(ends, axis=1)
         held = count.astype(jnp.float32) if mass is None else _between(mass, ends)
         full = (count > 0) & (held > NEGLIGIBLE * jnp.sum(held, axis=1, keepdims=True))
@@ -269,12 +276,20 @@ def _fit(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
     n = values.shape[-1]
     if 0 in values.shape:
         return jnp.zeros((values.shape[0], k), jnp.float32)
-    ends = partition.edges(values, weights, min(n, max(FEWEST, min(POINTS_EACH * k, MOST))))
-    first = _between(_running(values if weights is None else weights * values), ends)
-    mass = jnp.diff(ends, axis=1).astype(jnp.float32) if weights is None else _between(_running(weights), ends)
-    alone = jnp.take_along_axis(values, jnp.minimum(ends[:, :-1], n - 1), axis=1)
-    points = jnp.where(mass > 0, first / jnp.where(mass > 0, mass, 1), alone)
-    return _lloyd(values, weights, partition.best(points, mass, k), 100)
+    first = _running(values if weights is None else weights * values)
+    masses = None if weights is None else _running(weights)
+
+    def grouped(ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the means and the weights of the values between successive ends."""
+        mass = jnp.diff(ends, axis=1).astype(jnp.float32) if masses is None else _between(masses, ends)
+        alone = jnp.take_along_axis(values, jnp.minimum(ends[:, :-1], n - 1), axis=1)
+        return jnp.where(mass > 0, _between(first, ends) / jnp.where(mass > 0, mass, 1), alone), mass
+
+    count = min(n, max(FEWEST, min(POINTS_EACH * k, MOST)))
+    best = partition.best(*grouped(partition.edges(values, weights, count)), k)
+    if count < min(n, POINTS_EACH * k):
+        best = grouped(windows.improve(_ends(values, best), grouped))[0]
+    return _lloyd(values, weights, jnp.sort(best, axis=-1), 100)
 
 
 @functools.partial(jax.jit, static_argnames="k")
