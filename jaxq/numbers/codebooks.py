@@ -32,17 +32,24 @@ def _rows(x: jax.Array, grid: Grid) -> jax.Array:
     return blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
 
 
-def follow_softly(fit: DKM, x: jax.Array, table: jax.Array, dx: jax.Array) -> jax.Array:
-    """Return how `x`, at the nearest of the centroids [*grid, size], moves with a change of x: linear in it."""
+def follow_softly(form: Codebook, fit: DKM, x: jax.Array, table: jax.Array, dx: jax.Array) -> jax.Array:
+    """Return how `x`, at the nearest of the centroids [*grid, entries], moves with a change of x: linear in it.
+
+    Vectors run along the last axis.
+    """
     grid = table.shape[:-1]
     rows, power = _scaled(_rows(x, grid))
-    start = lax.reshape(table, (rows.shape[0], table.shape[-1]))
+    start = lax.reshape(table, (rows.shape[0], form.entries))
     start = lax.div(start, jnp.broadcast_to(power, start.shape))
     spread = jnp.var(rows, axis=1)[:, None, None]
     temperature = lax.max(lax.mul(spread, np.float32(fit.temperature)), np.float32(COLD))
 
+    def vectors(rows: jax.Array) -> jax.Array:
+        return lax.reshape(rows, (rows.shape[0], rows.shape[1] // form.dim, form.dim))
+
     def soft(rows: jax.Array) -> jax.Array:
-        return lloyd.dkm(rows, start, temperature, fit.iterations)[0]
+        values = lloyd.dkm(vectors(rows), vectors(start), temperature, fit.iterations)[0]
+        return lax.reshape(values, rows.shape)
 
     # Both sides are over the same power of two, and the map between them is linear.
     step = jax.jvp(soft, (rows,), (_rows(dx, grid),))[1]

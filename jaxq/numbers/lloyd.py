@@ -114,23 +114,26 @@ def dkm(values: jax.Array, centroids: jax.Array, temperature, iterations: int) -
     """Return soft values and centroids of differentiable k-means: gradients flow through all its iterations.
 
     `A = softmax_j(-(x_i - c_j)^2 / temperature)`, `c_j <- sum_i A_ij x_i / sum_i A_ij`, soft values `A c`. values:
-    [blocks, n]; centroids: [blocks, k]; temperature: positive, in units of the values' variance, one number or
-    [blocks, 1, 1]. Memory is that of one iteration, `n k` numbers per block: the others are computed again in the
-    gradient. Cho et al. 2022 (DKM), algorithm 1.
+    [blocks, n], or vectors [blocks, n, d]; centroids: [blocks, k] or [blocks, k, d]; temperature: positive, in units of
+    the values' variance, one number or [blocks, 1, 1]. Memory is that of one iteration, `n k` numbers per block: the
+    others are computed again in the gradient. Cho et al. 2022 (DKM), algorithm 1.
     """
     values, centroids, temperature = _float32(values), _float32(centroids), _float32(temperature)
+    if values.ndim == 2:
+        soft, centroids = dkm(values[:, :, None], centroids[:, :, None], temperature, iterations)
+        return soft[:, :, 0], centroids[:, :, 0]
     precise = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
     @jax.checkpoint
     def step(centroids, _):
         attention = _attention(values, centroids, temperature)
-        mass = attention.sum(axis=1)
-        sums = precise("bnk,bn->bk", attention, values)
+        mass = attention.sum(axis=1)[:, :, None]
+        sums = precise("bnk,bnd->bkd", attention, values)
         full = mass > NEGLIGIBLE
         return jnp.where(full, sums / jnp.where(full, mass, 1), centroids), None
 
     centroids, _ = lax.scan(step, centroids, None, length=iterations)
-    return precise("bnk,bk->bn", _attention(values, centroids, temperature), centroids), centroids
+    return precise("bnk,bkd->bnd", _attention(values, centroids, temperature), centroids), centroids
 
 
 def centroid_gradient(gradient: jax.Array, indices: jax.Array, k: int) -> jax.Array:
@@ -324,8 +327,8 @@ def _plus_plus(key: jax.Array, points: jax.Array, weights: jax.Array, k: int) ->
 
 
 def _attention(values: jax.Array, centroids: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Return `softmax_j(-(x_i - c_j)^2 / temperature)`: [blocks, n, k]."""
-    distance = (values[:, :, None] - centroids[:, None, :]) ** 2
+    """Return `softmax_j(-(x_i - c_j)^2 / temperature)`: [blocks, n, d], [blocks, k, d] -> [blocks, n, k]."""
+    distance = jnp.sum((values[:, :, None, :] - centroids[:, None, :, :]) ** 2, axis=-1)
     # Shifted before it is divided: a small temperature makes infinities of the far ones only.
     nearest = lax.stop_gradient(distance.min(axis=-1, keepdims=True))
     return jax.nn.softmax((nearest - distance) / temperature, axis=-1)

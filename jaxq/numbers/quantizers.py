@@ -71,8 +71,8 @@ class Quantizer:
     def _check_codebook(self) -> None:
         """Raise for what only codebooks, or only those of single numbers, can do."""
         form, vectors = self.format, vector_length(self.format) > 1
-        if isinstance(self.fit, DKM) and (not isinstance(form, Codebook) or vectors):
-            raise ValueError(f"dkm() is for codebooks of single numbers: drop fit= for {form}")
+        if isinstance(self.fit, DKM) and not isinstance(form, Codebook):
+            raise ValueError(f"dkm() is for codebooks: drop fit= for {form}")
         if isinstance(self.calibrator, Learned) and self.calibrator.frozen and not isinstance(form, Codebook):
             raise ValueError(f"frozen=True keeps values at their centroids, {form} has none: drop frozen=")
         if vectors and not self.per_tensor:
