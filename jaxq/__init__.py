@@ -63,12 +63,14 @@ from jaxq.numbers.catalog import nvfp4 as nvfp4
 from jaxq.numbers.catalog import ternary as ternary
 from jaxq.numbers.catalog import uint8 as uint8
 from jaxq.numbers.clustering import k_means_quantize as k_means_quantize
+from jaxq.numbers.fits import DKM as DKM
 from jaxq.numbers.fits import MSE as MSE
 from jaxq.numbers.fits import Entropy as Entropy
 from jaxq.numbers.fits import MeanAbs as MeanAbs
 from jaxq.numbers.fits import Octav as Octav
 from jaxq.numbers.fits import Percentile as Percentile
 from jaxq.numbers.fits import Sigmas as Sigmas
+from jaxq.numbers.fits import dkm as dkm
 from jaxq.numbers.fits import entropy as entropy
 from jaxq.numbers.fits import mean_abs as mean_abs
 from jaxq.numbers.fits import mse as mse

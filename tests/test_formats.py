@@ -600,6 +600,35 @@ def test_packing_is_a_bijection(name):
         np.testing.assert_array_equal(part, x)
 
 
+ODD = {
+    "int3": jaxq.Int(3),
+    "Q1.3": jaxq.Fixed(5, 3),
+    "mxfp6": jaxq.mxfp6().format,
+    "kmeans 100": jaxq.Codebook(100),
+    "int7": jaxq.Int(7),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_codes_of_odd_widths_are_cut_into_fields(name):
+    """Against the bits in NumPy: fields of 4, 2 and 1 bits, each planar, one behind the other; any axis and length."""
+    form, shape = ODD[name], (5, 1, 19)
+    codes = np.random.default_rng(0).integers(0, 100 if form.bits == 7 else 2**form.bits, shape)
+    signed = np.where(codes >= 2 ** (form.bits - 1), codes - 2**form.bits, codes)
+    codes = signed if form.storage == jnp.int8 else codes
+    for axis in range(3):
+        stored = packing.pack(jnp.asarray(codes, form.storage), form, axis)
+        bits, want = np.moveaxis(codes, axis, -1), []
+        for width, low in ((4, 0), (2, form.bits & 4), (1, form.bits & 6)):
+            if form.bits & width:
+                padding = -shape[axis] % (8 // width)
+                field = np.pad(bits >> low & 2**width - 1, ((0, 0), (0, 0), (0, padding)))
+                planes = np.split(field, 8 // width, axis=-1)
+                want.append(sum(plane << n * width for n, plane in enumerate(planes)))
+        np.testing.assert_array_equal(np.moveaxis(stored, axis, -1), np.concatenate(want, axis=-1))
+        np.testing.assert_array_equal(packing.unpack(stored, form, axis, shape[axis]), codes)
+
+
 BYTES = {
     "int8": (jaxq.int8(per_tensor=True), 256 * 256 + 4),
     "int4": (jaxq.int4(per_tensor=True), 32768 + 4),
@@ -611,12 +640,12 @@ BYTES = {
     "binary": (jaxq.binary(per_tensor=True), 8192 + 4),
     "uint1": (jaxq.Quantizer(jaxq.Int(1, signed=False), per_tensor=True, symmetric=False), 8192 + 4 + 1),
     "int16": (jaxq.int16(per_tensor=True), 2 * 65536 + 4),
-    "int3": (jaxq.Quantizer(jaxq.Int(3), per_tensor=True), 65536 + 4),
+    "int3": (jaxq.Quantizer(jaxq.Int(3), per_tensor=True), 24576 + 4),
     "kmeans 16": (jaxq.kmeans(16), 32768 + 16 * 4),
     "kmeans 4": (jaxq.kmeans(4), 16384 + 4 * 4),
     "nf4": (jaxq.nf4(), 32768 + 4 * 256 * 4),
     "mxfp4": (jaxq.mxfp4(), 32768 + 8 * 256),
-    "mxfp6": (jaxq.mxfp6(), 65536 + 8 * 256),
+    "mxfp6": (jaxq.mxfp6(), 49152 + 8 * 256),
     "nvfp4": (jaxq.nvfp4(), 32768 + 16 * 256 + 4),
 }
 

@@ -14,6 +14,7 @@ from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Choice, Policy, choose
 from jaxq.decisions.scheme import Scheme
+from jaxq.numbers import calibrators
 from jaxq.numbers.calibrators import EMA, Leaf, MinMax
 from jaxq.numbers.formats import Fixed, Float, Int
 from jaxq.numbers.parameters import Parameters
@@ -147,7 +148,7 @@ def _check_grids(decision: Decision) -> None:
         try:
             quantizer.grid(operand.shape, operand.contracted)
         except ValueError as error:
-            raise ValueError(f"site '{site.name}': {error}; choose another group=") from None
+            raise ValueError(f"site '{site.name}': {error}; choose another group= or dim=") from None
         if quantizer.group and site.op in ("conv_general_dilated", "ragged_dot"):
             _check_ungrouped(decision, operand.role)
     _check_nested(decision)
@@ -230,7 +231,9 @@ def _kept_ranges(old: Decision, new: Decision, ranges: tuple) -> tuple[Leaf | No
         return ranges
     # The output's range comes last, and there is none that was not there before.
     quads = zip(old.ranged, new.ranged, ranges, blank_ranges(new), strict=False)
-    return tuple(r if r is not None and _see_alike(a, b) else blank for a, b, r, blank in quads)
+    return tuple(
+        calibrators.with_table(b, r) if r is not None and _see_alike(a, b) else blank for a, b, r, blank in quads
+    )
 
 
 def _see_alike(a: Quantizer | None, b: Quantizer | None) -> bool:

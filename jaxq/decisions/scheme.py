@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxq.numbers.fits import DKM
+from jaxq.numbers.formats import vector_length
 from jaxq.numbers.quantizers import Quantizer
 
 
@@ -24,7 +26,8 @@ class Backward:
         for role, value in (("act", self.act), ("weight", self.weight)):
             if value is not None and not isinstance(value, Quantizer):
                 raise TypeError(f"Backward({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
-            if value is not None and (value.static or value.group or not value.symmetric):
+            wide = value is not None and vector_length(value.format) > 1
+            if value is not None and (value.static or value.group or not value.symmetric or wide):
                 raise ValueError(
                     f"gradients change at every step: Backward({role}=) takes a dynamic, symmetric quantizer without "
                     f"groups, such as jaxq.int8(), got {value!r}"
@@ -63,12 +66,21 @@ class Scheme:
             raise ValueError(
                 "unsigned symmetric codes clip every negative weight: use jaxq.uint8(), which has a zero point"
             )
-        if self.act is not None and self.act.learned and not self.act.per_tensor:
-            raise ValueError("learned parameters of activations are per tensor: add per_tensor=True to Scheme(act=)")
+        self._check_acts()
         if self.out is not None:
             self._check_out(self.out)
         if self.grad is not None:
             self._check_grad()
+
+    def _check_acts(self) -> None:
+        """Raise for quantizers of activations and outputs that only weights can have."""
+        for role, value in (("act", self.act), ("out", self.out)):
+            if value is not None and vector_length(value.format) > 1:
+                raise ValueError(f"codebooks of vectors are for weights: drop dim= from Scheme({role}=)")
+        if self.act is not None and isinstance(self.act.fit, DKM):
+            raise ValueError("dkm() trains weights: drop fit= from Scheme(act=)")
+        if self.act is not None and self.act.learned and not self.act.per_tensor:
+            raise ValueError("learned parameters of activations are per tensor: add per_tensor=True to Scheme(act=)")
 
     def _roles(self) -> tuple[tuple[str, Quantizer | None], ...]:
         return ("weight", self.weight), ("act", self.act), ("out", self.out)
@@ -95,9 +107,10 @@ class Scheme:
             raise TypeError(f"Scheme(grad=) takes a quantizer or a jaxq.Backward, got {self.grad!r}")
         assert self.backward is not None  # and it is one that gradients can have
         for role, value in (("weight", self.weight), ("act", self.act)):
-            if value is not None and value.learned:
+            if value is not None and (value.learned or isinstance(value.fit, DKM)):
                 raise ValueError(
-                    f"quantized gradients do not reach learned parameters: drop grad=, or learned() of {role}="
+                    f"quantized gradients reach neither learned parameters nor soft assignments: drop grad=, or "
+                    f"learned() or dkm() of {role}="
                 )
             if value is not None and (not value.symmetric or value.group is not None):
                 raise ValueError(

@@ -10,6 +10,7 @@ uses for arguments.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,10 +22,12 @@ from jaxq import lowering
 from jaxq.decisions.scheme import Backward
 from jaxq.interpretation import backward
 from jaxq.lowering import matrices
-from jaxq.numbers import codecs, learning
+from jaxq.numbers import codebooks, codecs, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
 from jaxq.numbers.blocks import hide
 from jaxq.numbers.calibrators import Leaf, Range
+from jaxq.numbers.fits import DKM
+from jaxq.numbers.formats import Codebook
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
@@ -56,10 +59,16 @@ def to_codes(task: Task, number: int, x: jax.Array, r: Leaf | None, key: jax.Arr
     """
     quantizer, grid = task.quantizers[number], _grid(task, number, x)
     if isinstance(r, Parameters):
-        return learning.encode(quantizer, x, grid, r)
+        return _turned(task, number, x, lambda x: learning.encode(quantizer, x, grid, r))
     if key is not None and quantizer.stochastic:
         return codecs.encode_stochastically(quantizer, x, grid, key, _fixed(quantizer, r, grid))
-    return codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid))
+    return _turned(task, number, x, lambda x: codecs.encode(quantizer, x, grid, _fixed(quantizer, r, grid)))
+
+
+def _turned(task: Task, number: int, x: jax.Array, encode: Callable[[jax.Array], QArray]) -> QArray:
+    """Encode an operand with the axis that vectors run along at the end."""
+    quantizer, axes = task.quantizers[number], task.op.contracted[number]
+    return quantizer.turn(encode(quantizer.turn(x, axes)), axes)
 
 
 def _grid(task: Task, number: int, x: jax.Array) -> tuple[int, ...]:
@@ -145,7 +154,7 @@ def _rounded(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
 def _rounded_jvp(quantizer, primals, tangents):
     y, r = primals
     q = _output_codes(quantizer, lax.stop_gradient(y), r)
-    return _rounded(quantizer, y, r), _through(quantizer, y, q, r, tangents[0])
+    return _rounded(quantizer, y, r), _through(quantizer, (), y, q, r, tangents[0])
 
 
 def _output_codes(quantizer: Quantizer, y: jax.Array, r: Range | None) -> QArray:
@@ -171,7 +180,8 @@ def _product_jvp(task: Task, primals, tangents):
         if isinstance(x, QArray):
             _refuse_gradient(dx)
             continue
-        steps = [] if isinstance(dx, SymbolicZero) else [_through(task.quantizers[n], x, coded[n], ranges[n], dx)]
+        side = (task.quantizers[n], task.op.contracted[n])
+        steps = [] if isinstance(dx, SymbolicZero) else [_through(*side, x, coded[n], ranges[n], dx)]
         if isinstance(dr, Parameters) and not _is_still(dr.value):
             steps.append(learning.follow(task.quantizers[n], x, coded[n], ranges[n], _made(dr.value)))
         terms += [_moved(task, n, step, *primals) for step in steps]
@@ -251,36 +261,49 @@ def _pulled(task: Task, number: int, g: jax.Array, operands: tuple, coded: tuple
     quantizer = task.backward.of(task.role(number))
     dx = backward.gradient(task.op, number, backward.Rounding(quantizer, key), g, other, x.shape)
     dx = lax.convert_element_type(dx, x.dtype)
-    return _through(task.quantizers[number], x, coded[number], ranges[number], dx)
+    return _through(task.quantizers[number], task.op.contracted[number], x, coded[number], ranges[number], dx)
 
 
 def _smooth(task: Task, number: int, x, q: QArray | None, r: Leaf | None) -> jax.Array:
     """Return an operand as the derivative sees it: dequantized, itself differentiable straight through."""
     if q is None:
         return x
-    return q.decode() if isinstance(x, QArray) else _imitation(task.quantizers[number], x, q, r)
+    return (
+        q.decode()
+        if isinstance(x, QArray)
+        else _imitation(task.quantizers[number], task.op.contracted[number], x, q, r)
+    )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _imitation(quantizer: Quantizer, x: jax.Array, q: QArray, r: Leaf | None) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _imitation(quantizer: Quantizer, axes: tuple[int, ...], x: jax.Array, q: QArray, r: Leaf | None) -> jax.Array:
     """Return `decode(q)`, where q is the codes of x: straight through towards x, and towards learned parameters."""
     return q.decode(x.dtype)
 
 
 @_imitation.defjvp
-def _imitation_jvp(quantizer, primals, tangents):
+def _imitation_jvp(quantizer, axes, primals, tangents):
     x, q, r = primals
-    step = _through(quantizer, x, q, r, tangents[0])
+    step = _through(quantizer, axes, x, q, r, tangents[0])
     if isinstance(r, Parameters):
         step = lax.add(step, learning.follow(quantizer, x, q, r, tangents[2].value))
-    return _imitation(quantizer, *primals), step
+    return _imitation(quantizer, axes, *primals), step
 
 
-def _through(quantizer: Quantizer, x: jax.Array, q: QArray | None, r: Leaf | None, dx: jax.Array) -> jax.Array:
-    """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped."""
+def _through(
+    quantizer: Quantizer, axes: tuple[int, ...], x: jax.Array, q: QArray | None, r: Leaf | None, dx: jax.Array
+) -> jax.Array:
+    """Return the straight-through tangent: `dx` where the rounded code is in range, zero where it was clipped.
+
+    With `dkm()` it is that of soft assignments. axes: those that are contracted.
+    """
     if q is None:
         return dx
     x = lax.stop_gradient(x)
+    if isinstance(quantizer.fit, DKM):
+        assert isinstance(quantizer.format, Codebook), "other formats have no soft assignments"
+        parts = quantizer.turn(x, axes), lax.stop_gradient(q.table), quantizer.turn(dx, axes)
+        return quantizer.turn(codebooks.follow_softly(quantizer.format, quantizer.fit, *parts), axes)
     if isinstance(r, Parameters):
         inside = learning.inside(quantizer, x, q)
     else:

@@ -141,7 +141,9 @@ def _all_ranges(decision: Decision, own: tuple, supplied: tuple) -> tuple[Leaf |
 
 
 def _alarmed(r: Leaf, alarm: jax.Array) -> Leaf:
-    """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others' hull.
+    """Return a range that is NaN in an alarm; layers that saw nothing, being untaken branches, get the others'.
+
+    That is their hull, and the centroids of the one that saw most.
 
     Learned parameters stay as they are: what is quantized by them is looked at for NaN itself.
     """
@@ -150,6 +152,9 @@ def _alarmed(r: Leaf, alarm: jax.Array) -> Leaf:
     if jnp.ndim(r.count):
         seen = r.count > 0
         r = r._replace(lo=jnp.where(seen, r.lo, jnp.min(r.lo)), hi=jnp.where(seen, r.hi, jnp.max(r.hi)))
+        if r.table is not None:
+            most = r.table.reshape(-1, r.table.shape[-1])[jnp.argmax(r.count)]
+            r = r._replace(table=jnp.where(seen[..., None], r.table, jnp.broadcast_to(most, r.table.shape)))
     return r._replace(hi=r.hi + alarm)
 
 

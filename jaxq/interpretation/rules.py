@@ -102,7 +102,7 @@ class Execute(Rule):
 class Observe(Rule):
     """Record the range of every operand and output with a static quantizer; run the site as it was, or quantized.
 
-    What is seen of an output is what it is before it is rounded.
+    What is seen of an output is what it is before it is rounded. The signal is the importance of the weight's values.
     """
 
     execute: Execute
@@ -113,28 +113,31 @@ class Observe(Rule):
         inputs = operands[: item.op.operands]
         if self.quantized:
             triples = zip(decision.quantizers, inputs, given.ranges, strict=True)
-            ranges = tuple(self.at_first_sight(item, n, *triple) for n, triple in enumerate(triples))
+            ranges = tuple(self.at_first_sight(item, n, *triple, given.signal) for n, triple in enumerate(triples))
             y = self.execute.product(item, operands, given._replace(ranges=ranges))
             outs = [self.execute.rounded(item, y, self.at_first_sight(item, len(inputs), decision.out, y, given.out))]
         else:
             outs = jaxpr.rebind(eqn, *operands)
             y = outs[0]
         triples = zip(decision.ranged, [*inputs, y], [*given.ranges, given.out], strict=False)
-        seen = tuple(q and self.sight(item, n, q, x, old) for n, (q, x, old) in enumerate(triples))
+        seen = tuple(q and self.sight(item, n, q, x, old, given.signal) for n, (q, x, old) in enumerate(triples))
         return outs, seen if any(r is not None for r in seen) else None
 
-    def sight(self, item: Located, number: int, quantizer: Quantizer, x: jax.Array, old: Leaf | None) -> Leaf:
-        """Return what one operand, or the output, shows of itself."""
+    def sight(self, item: Located, number: int, quantizer: Quantizer, x, old: Leaf | None, importance=None) -> Leaf:
+        """Return what one operand, or the output, shows of itself; importance: of the weight's values."""
         if not quantizer.learned:
             return observe(quantizer, x)
         assert isinstance(old, Parameters), "a learned quantizer comes with parameters"
-        return learning.observe(quantizer, x, quantizer.grid(x.shape, item.op.contracted[number]), old)
+        axes = item.op.contracted[number]
+        grid, x = quantizer.grid(x.shape, axes), quantizer.turn(x, axes)
+        own = quantizer.turn(importance, axes) if importance is not None and number == item.weight else None
+        return learning.observe(quantizer, x, grid, old, own)
 
-    def at_first_sight(self, item: Located, number: int, quantizer: Quantizer | None, x, old) -> Any:
+    def at_first_sight(self, item: Located, number: int, quantizer: Quantizer | None, x, old, importance=None) -> Any:
         """Return the range to quantize `x` with: the plan's, or that of `x` where the plan has seen nothing."""
         if quantizer is None or not quantizer.static or old is None:
             return old
-        new = self.sight(item, number, quantizer, x, old)
+        new = calibrators.with_table(quantizer, self.sight(item, number, quantizer, x, old, importance))
         return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
 
     def merge(self, a, b):

@@ -18,7 +18,7 @@ from jaxq.decisions import resolve
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.decisions.recipes import Uniform, w8a8
-from jaxq.interpretation import modules
+from jaxq.interpretation import importances, modules
 from jaxq.interpretation.arguments import Argnums, Layout, Static, take_apart
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.rules import Observe
@@ -45,7 +45,7 @@ class Spec(NamedTuple):
 # --- running -------------------------------------------------------------------------------------------------------
 
 
-def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | None):
+def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | None, importance: Any):
     """Trace, resolve and interpret: return `((out, module changes), observations by site name)`."""
     layout: Layout = spec.layout.value
     decided = spec.policy.value
@@ -57,7 +57,8 @@ def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | N
             check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())
         if spec.noiseless:
             _check_key(program)
-        result, seen = _interpret(program, layout, leaves, spec.watch, key)
+        signals = None if importance is None else importances.signals(program, layout, importance)
+        result, seen = _interpret(program, layout, leaves, spec.watch, key, signals)
     names = {item.path: item.site.name for item in program.analysis.located}
     return result, {names[path]: value for path, value in seen.items()}
 
@@ -66,10 +67,10 @@ def _runner(fn: Callable) -> Callable:
     """Return the interpreter of `fn`, compiled; where the call is being traced into a program anyway, as it is."""
     compiled = jax.jit(functools.partial(_run, fn), static_argnums=0)
 
-    def run(spec: Spec, ranges: Any, leaves: list, key: jax.Array | None):
+    def run(spec: Spec, ranges: Any, leaves: list, key: jax.Array | None, importance: Any):
         staged = any(jaxpr.is_staged(leaf) for leaf in leaves)
         call = functools.partial(_run, fn) if staged else compiled
-        return call(spec, ranges, leaves, key)
+        return call(spec, ranges, leaves, key, importance)
 
     return run
 
@@ -93,12 +94,12 @@ class _Decided(NamedTuple):
     decisions: tuple
 
 
-def _interpret(program: Program, layout: Layout, leaves: list, watch: str, key: jax.Array | None):
+def _interpret(program: Program, layout: Layout, leaves: list, watch: str, key: jax.Array | None, signals: Any):
     rule = Observe(program.execute, watch == "quantized") if watch else program.execute
     arrays, weights = sort_leaves(program, layout, leaves)
     if all(x is not None for x in arrays):
-        return program.run(rule, arrays, weights, key)
-    return run_without(lambda full: program.run(rule, full, weights), arrays, leaves, layout)
+        return program.run(rule, arrays, weights, key, signals=signals)
+    return run_without(lambda full: program.run(rule, full, weights, signals=signals), arrays, leaves, layout)
 
 
 _RUNNERS: dict[tuple[int, Any], Callable] = {}
@@ -129,14 +130,15 @@ def _without_owner(alive: weakref.ref, method: Callable | None) -> Callable:
     return call
 
 
-def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=None):
+def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=None, importance=None):
     layout, leaves = take_apart(args, kwargs, argnums)
+    given = None if importance is None else importances.by_leaf(importance, layout, argnums)
     if isinstance(policy, Plan):
         static, ranges, blank = Static(_Decided(policy.decisions)), policy.ranges, frozenset(policy.unobserved())
     else:
         static, ranges, blank = Static(policy), (), frozenset()
     (out, changed), seen = runner(
-        Spec(Static(layout), watch, static, blank, trains and key is None), ranges, leaves, key
+        Spec(Static(layout), watch, static, blank, trains and key is None), ranges, leaves, key, given
     )
     modules.write_back((args, kwargs), changed)
     return out, seen
@@ -263,12 +265,17 @@ def observe(
     argnums: Argnums = 0,
     quantized: bool = False,
     key: jax.Array | None = None,
+    importance: Any = None,
 ) -> Callable[..., tuple[Any, Plan]]:
     """Return a function that returns `(f(*args), plan)`, the plan's static ranges updated by what was seen.
 
     quantized: run the quantized program instead of the float one, differentiable: moving averages during training.
-    key: as for `qat`.
-    Observed ranges are one per site, or one per layer where a scan runs over stacked weights.
+    key: as for `qat`. Observed ranges are one per site, or one per layer where a scan runs over stacked weights.
+
+    importance: for learned codebooks of weights, what the squared error of each value counts when their centroids are
+    fitted, such as the mean squares of gradients (the Fisher information; Choi et al. 2017): a tree like the weights',
+    at least zero; a tuple of trees where `argnums` is one. Raises `ValueError` for importance that fits no codebook, of
+    centroids that were fitted before or of a weight that is not one of the parameters.
 
     >>> import jax.numpy as jnp, jaxq
     >>> def f(params, x):
@@ -282,8 +289,12 @@ def observe(
 
     def observed(*args, **kwargs) -> tuple[Any, Plan]:
         plan = policy if isinstance(policy, Plan) else make_plan(f, policy, argnums=argnums)(*args, **kwargs)
+        if importance is not None:
+            importances.check(plan)
         watch = "quantized" if quantized else "float"
-        out, seen = _call(runner, plan, argnums, args, kwargs, watch=watch, trains=quantized, key=key)
+        out, seen = _call(
+            runner, plan, argnums, args, kwargs, watch=watch, trains=quantized, key=key, importance=importance
+        )
         return out, updated(plan, seen)
 
     return observed

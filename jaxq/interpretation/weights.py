@@ -50,17 +50,18 @@ def expected_grid(item: Located, quantizer: Quantizer) -> tuple[int, ...]:
 
 def to_operand(leaf: QArray, item: Located) -> QArray:
     """Return a leaf's codes as its site's operand, scanned axes in front."""
-    operand = leaf.transpose(_with_stack(item, item.leaf.permutation))
+    operand = leaf.transpose(with_stack(item, item.leaf.permutation))
     return dataclasses.replace(operand, dtype=np.dtype(item.site.operands[item.weight].dtype))
 
 
 def to_leaf(operand: QArray, item: Located) -> QArray:
     """Return an operand's codes in the layout of the leaf it was moved from."""
     inverse = sorted(range(len(item.leaf.permutation)), key=item.leaf.permutation.__getitem__)
-    return operand.transpose(_with_stack(item, tuple(inverse)))
+    return operand.transpose(with_stack(item, tuple(inverse)))
 
 
-def _with_stack(item: Located, permutation: tuple[int, ...]) -> tuple[int, ...]:
+def with_stack(item: Located, permutation: tuple[int, ...]) -> tuple[int, ...]:
+    """Return an operand's permutation with the scanned axes in front, where they stay."""
     depth = len(item.site.stack)
     return (*range(depth), *(axis + depth for axis in permutation))
 

@@ -11,7 +11,7 @@ from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
 from jaxq.numbers import packing
 from jaxq.numbers.blocks import check_grid
-from jaxq.numbers.formats import Codebook
+from jaxq.numbers.formats import Codebook, vector_length
 from jaxq.numbers.qarray import Dropped, QArray, Stored, is_converted
 from jaxq.numbers.scaling import Nested
 
@@ -72,14 +72,14 @@ def _packs(q: QArray) -> bool:
     axis, length = q.packing
     if type(axis) is not int or type(length) is not int or not -q.ndim <= axis < 0:
         return False
-    per_byte = 8 // q.format.bits if q.format.bits in packing.PACKED_BITS else 0
-    return per_byte > 0 and q.stored.shape[axis] == -(-length // per_byte)
+    whole = packing.packs(q.format) and length % vector_length(q.format) == 0
+    return whole and q.stored.shape[axis] == packing.packed_length(length, q.format)
 
 
 def _check_numbers(q: QArray) -> None:
     """Check what codes are decoded with: one dtype for each kind of scale."""
     if isinstance(q.format, Codebook):
-        shape = (*q.table.shape[:-1], q.format.size)
+        shape = (*q.table.shape[:-1], q.format.entries)
         return _raise_first(q, {"the table is not float32 of the codebook's size": not _is(q.table, shape, "float32")})
     scale = {True: "float8_e4m3fn", False: "float32"}[q.outer is not None]
     kinds = (scale, "uint8") if q.outer is None else (scale,)

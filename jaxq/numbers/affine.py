@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxq.numbers import blocks, clipping, histogram, means
 from jaxq.numbers.calibrators import Range
-from jaxq.numbers.fits import MSE, MeanAbs
+from jaxq.numbers.fits import MSE, Keeping, MeanAbs
 from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.rounding import Saturate, stochastic
 
@@ -120,7 +120,9 @@ def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
         scale = means.mean_abs(rows)
     else:
         # A histogram for each block would be larger than the array: a few blocks at a time.
-        lo, hi = lax.map(lambda row: quantizer.fit.keep(quantizer, histogram.of(row)), rows, batch_size=16)
+        rule = quantizer.fit
+        assert isinstance(rule, Keeping), "integers have no other fits"
+        lo, hi = lax.map(lambda row: rule.keep(quantizer, histogram.of(row)), rows, batch_size=16)
         kept = Range(lax.reshape(lo, grid), lax.reshape(hi, grid), r.count)
         return _guarded(r, affine_of(quantizer, kept))
     return _guarded(r, Affine(rounded_up(quantizer, lax.max(lax.reshape(scale, grid), TINY)), zero))

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.numbers import histogram
+from jaxq.numbers import codebooks, histogram
 from jaxq.numbers.fits import Keeping
+from jaxq.numbers.formats import Codebook
 from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.parameters import Learned, Parameters, first, first_of_axis
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class Range(NamedTuple):
     """What is known of an operand's values: lo <= 0 <= hi and the number of observations, all float32, one shape.
 
-    histogram: how the values are distributed, where the calibrator asks for it.
+    histogram: how the values are distributed, where the calibrator asks for it; table: the centroids that are best for
+    them, [*stack, size], in the plan of a codebook.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}
@@ -41,12 +43,23 @@ class Range(NamedTuple):
     hi: Any
     count: Any
     histogram: Histogram | None = None
+    table: Any = None
 
 
 def unobserved(shape: tuple[int, ...], quantizer: Quantizer) -> Range:
     """Return the range of an operand that nothing has been seen of."""
     zero = np.zeros(shape, np.float32)
-    return Range(zero, zero, zero, histogram.empty(shape) if quantizer.counts else None)
+    form = quantizer.format
+    table = np.zeros((*shape, form.size), np.float32) if isinstance(form, Codebook) else None
+    return Range(zero, zero, zero, histogram.empty(shape) if quantizer.counts else None, table)
+
+
+def with_table(quantizer: Quantizer, r: Leaf) -> Leaf:
+    """Return a range with the centroids of what it has seen, where its quantizer is a codebook."""
+    if not isinstance(r, Range) or not isinstance(quantizer.format, Codebook):
+        return r
+    assert r.histogram is not None, "a static codebook comes with a histogram"
+    return r._replace(table=codebooks.table_of(quantizer.format, r.histogram))
 
 
 # What a plan keeps of an operand.
@@ -176,7 +189,7 @@ def update(quantizer: Quantizer, old: Any, new: Any) -> Any:
         return _accumulated(calibrator, quantizer, old, new)
     if isinstance(calibrator, OverflowRate):
         return calibrator.move(quantizer, old, new)
-    return calibrator.update(old, new)
+    return with_table(quantizer, calibrator.update(old, new))
 
 
 def combine(quantizer: Quantizer, a: Leaf, b: Leaf) -> Leaf:

@@ -120,14 +120,17 @@ def dynamic_fixed(bits: int = 8, *, calibrator: Calibrator | None = None, **opti
     return Quantizer(Int(bits), **{"per_tensor": True, "power_of_two": True, "calibrator": calibrator, **options})
 
 
-def kmeans(size: int, **options: Any) -> Quantizer:
+def kmeans(size: int, dim: int = 1, **options: Any) -> Quantizer:
     """A codebook of `size` centroids, fitted to the array: per tensor unless `group=` or `per_tensor=False` says so.
 
+    dim: for weights, centroids are vectors of so many values that are next to each other along the last contracted axis
+    (product quantization): `log2(size) / dim` bits for each.
+
     >>> import jaxq
-    >>> jaxq.kmeans(16)
-    codebook of 16 per tensor
+    >>> jaxq.kmeans(16), jaxq.kmeans(256, dim=4)
+    (codebook of 16 per tensor, codebook of 256 vectors of 4 per tensor)
     """
-    return Quantizer(Codebook(size), **{"per_tensor": options.get("group") is None, **options})
+    return Quantizer(Codebook(size, dim), **{"per_tensor": options.get("group") is None, **options})
 
 
 def float16() -> Quantizer:
@@ -191,7 +194,7 @@ def mxfp8(group: int = 32) -> Quantizer:
 
 
 def mxfp6(group: int = 32) -> Quantizer:
-    """6-bit floats (e2m3) under one power of two for each block of 32, held in a byte each (OCP Microscaling v1.0).
+    """6-bit floats (e2m3) under one power of two for each block of 32 (OCP Microscaling v1.0).
 
     >>> import jaxq
     >>> jaxq.mxfp6()

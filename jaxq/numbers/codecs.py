@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import affine, blocks, floats, histogram, lloyd, means, microscaling
+from jaxq.numbers import affine, blocks, codebooks, floats, lloyd, means, microscaling, packing
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.calibrators import Range
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Int, Levels, Ternary
-from jaxq.numbers.qarray import QArray
+from jaxq.numbers.qarray import Packing, QArray
 from jaxq.numbers.scaling import Microscale, Nested
 
 if TYPE_CHECKING:
@@ -177,58 +177,33 @@ def _nested(width: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _codebook(form: Codebook, quantizer: Quantizer, x: jax.Array, grid: Grid, r: Range | None) -> QArray:
-    """The nearest of k centroids that are fitted to every block, or to the histogram of a static range (k-means)."""
+    """The nearest of k centroids: those of every block (k-means), or those of a static range."""
     if r is None:
-        return by_table(form, x, grid, centroids(form, x, grid))
-    return by_table(form, x, grid, lax.reshape(_table_of(r, form.size), (*grid, form.size)), r)
-
-
-def centroids(form: Codebook, x: jax.Array, grid: Grid) -> jax.Array:
-    """Return the best centroids of every block of `x`, ascending: float32 [*grid, size]."""
-    rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
-    return lax.reshape(_fitted_table(rows, form.size), (*grid, form.size))
+        return by_table(form, x, grid, codebooks.centroids(form, x, grid))
+    return by_table(form, x, grid, lax.reshape(r.table, (*grid, form.entries)), r)
 
 
 def by_table(form: Codebook, x: jax.Array, grid: Grid, table: jax.Array, r: Range | None = None) -> QArray:
-    """Return the codes of the nearest of ascending centroids [*grid, size]: NaN where a block is not finite."""
+    """Return the codes of the nearest of centroids [*grid, entries]: NaN where a block is not finite.
+
+    Numbers as centroids are ascending; vectors run along the last axis, and their codes come packed along it.
+    """
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
     width = jnp.broadcast_to(lax.expand_dims(_width(x, grid, r), (len(grid),)), table.shape)
     table = lax.select(lax.lt(width, np.float32(np.inf)), table, lax.full_like(table, np.nan))
+    if form.dim > 1:
+        return _by_vectors(form, x, table)
     codes = blocks.from_rows(lloyd.assign(rows, lax.reshape(table, (rows.shape[0], form.size))), grid, x.shape)
     return QArray(codes, None, None, form, x.dtype, table=table)
 
 
-def _fitted_table(rows: jax.Array, size: int) -> jax.Array:
-    """Return the centroids of every row, found near one: squares of huge numbers overflow, of tiny ones vanish."""
-    if 0 in rows.shape:
-        return jnp.zeros((rows.shape[0], size), jnp.float32)
-    finite = lax.select(lax.is_finite(rows), rows, lax.full_like(rows, 0))
-    power = means.power_of(lax.reduce_max(lax.abs(finite), (1,)))[:, None]
-    table = lloyd.fit(lax.mul(finite, jnp.broadcast_to(lax.div(np.float32(1), power), rows.shape)), size)
-    own, few = _distinct(finite, size)
-    table = lax.mul(table, jnp.broadcast_to(power, table.shape))
-    return lax.select(jnp.broadcast_to(few[:, None], table.shape), own, table)
-
-
-def _distinct(rows: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the values of every row without repetition, filled up with the last, and whether `size` hold them all."""
-    values = lax.sort(rows)
-    new = lax.convert_element_type(values[:, 1:] > values[:, :-1], jnp.int32)
-    rank = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))
-    table = jnp.broadcast_to(values[:, -1:], (rows.shape[0], size))
-    number = lax.broadcasted_iota(jnp.int32, rank.shape, 0)
-    return table.at[number, rank].set(values, mode="drop"), rank[:, -1] < size
-
-
-def _table_of(r: Range, size: int) -> jax.Array:
-    """Return the centroids of the values that a static range has seen: [1, size]."""
-    assert r.histogram is not None, "a static codebook comes with a histogram"
-    counts = lax.reshape(r.histogram.counts, (1, r.histogram.counts.shape[-1]))
-    bins = counts.shape[1]
-    middle = lax.broadcasted_iota(jnp.float32, counts.shape, 1) - np.float32((bins - 1) / 2)
-    width = lax.reshape(histogram.width(r.histogram), (1, 1))
-    table = lloyd.fit(middle, size, counts)
-    return lax.mul(table, jnp.broadcast_to(width, table.shape))
+def _by_vectors(form: Codebook, x: jax.Array, table: jax.Array) -> QArray:
+    """Return the codes of the nearest vectors, of one table for all."""
+    vectors = lax.reshape(lax.convert_element_type(x, jnp.float32), (x.size // form.dim, form.dim))
+    index = lloyd.assign_vectors(vectors, lax.reshape(table, (form.size, form.dim)))
+    first = lax.reshape(index, (*x.shape[:-1], x.shape[-1] // form.dim))
+    stored = packing.pack_indices(lax.convert_element_type(first, jnp.uint8), form, x.ndim - 1)
+    return QArray(stored, None, None, form, x.dtype, table=table, packing=Packing(-1, x.shape[-1]))
 
 
 ENCODERS: dict[type, Callable[..., QArray]] = {

@@ -127,8 +127,29 @@ class MeanAbs:
     histogram = False
 
 
+@dataclasses.dataclass(frozen=True)
+class DKM:
+    """Centroids = the best ones, differentiated as differentiable k-means (Cho et al. 2022): see `dkm`.
+
+    >>> import jaxq
+    >>> jaxq.kmeans(16, fit=jaxq.dkm(0.01))
+    codebook of 16 per tensor fit by DKM(temperature=0.01, iterations=3)
+    """
+
+    temperature: float
+    iterations: int = 3
+    histogram = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "temperature", float(self.temperature))
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"a temperature is a number of variances, at least 0, got {self.temperature!r}")
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 0:
+            raise ValueError(f"iterations= is a number of steps, at least 0, got {self.iterations!r}")
+
+
 Keeping = Percentile | MSE | Entropy | Octav | Sigmas
-Fit = Percentile | MSE | Entropy | Octav | Sigmas | MeanAbs
+Fit = Percentile | MSE | Entropy | Octav | Sigmas | MeanAbs | DKM
 
 
 def mse() -> MSE:
@@ -189,3 +210,22 @@ def sigmas(k: float = 3.0) -> Sigmas:
     Sigmas(k=4.0)
     """
     return Sigmas(k)
+
+
+def dkm(temperature: float, iterations: int = 3) -> DKM:
+    """Train weights under a codebook by the gradient of differentiable k-means (DKM; Cho et al. 2022, algorithm 1).
+
+    The forward pass is hard at any temperature, every weight at the nearest centroid, so that what is served is what
+    was trained. The derivative is that of soft values: `A c` with the attention `A = softmax_j(-(w - c_j)^2 / t)`, and
+    centroids that follow the weights through `iterations` of `c_j = sum_i A_ij w_i / sum_i A_ij`. temperature: t in
+    units of the variance of what shares a codebook; 0.01 is about the squared error of 16 centroids of a Gaussian. At 0
+    it is k-means: a weight's gradient is the mean over its cluster. Memory in training: a number for each weight and
+    centroid.
+
+    >>> import jax, jax.numpy as jnp, jaxq
+    >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
+    >>> policy = jaxq.weight_only(jaxq.kmeans(2, fit=jaxq.dkm(0.0)))
+    >>> jax.grad(lambda p: jaxq.qat(f, policy)(p, jnp.array([[1.0, 3.0, 5.0]])).sum())(params)["w"].tolist()
+    [[2.0], [2.0], [5.0]]
+    """
+    return DKM(temperature, iterations)

@@ -211,29 +211,64 @@ class Levels:
 class Codebook:
     """Codes are indices of a table of `size` centroids that is fitted to the array (k-means; Han et al. 2016).
 
-    >>> Codebook(16).bits
-    4
+    With `dim`, a centroid is a vector and stands for so many consecutive values (product quantization with one codebook
+    for all parts; Stock et al. 2020): the code of a value is `dim` times its vector's index plus its place in there, so
+    that it is an index of the flattened table. At rest only the index of each vector is held.
+
+    >>> Codebook(16).bits, Codebook(256, dim=4)
+    (4, Codebook(size=256, dim=4))
     """
 
     size: int
+    dim: int = 1
     signed = True
     integer = False
-    storage = jnp.uint8
 
     def __post_init__(self):
         if isinstance(self.size, bool) or not isinstance(self.size, int) or not 2 <= self.size <= 256:
             raise ValueError(f"a codebook has 2 to 256 centroids (1 to 8 bits), got {self.size!r}")
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 1 <= self.dim <= 256:
+            raise ValueError(f"a centroid stands for 1 to 256 consecutive values, got dim={self.dim!r}")
 
     @property
     def bits(self) -> int:
-        """The bits of an index."""
+        """The bits of an index: of a value, or of a vector of them."""
         return (self.size - 1).bit_length()
 
+    @property
+    def entries(self) -> int:
+        """How many numbers the table holds."""
+        return self.size * self.dim
+
+    @property
+    def storage(self):
+        """The dtype that codes are held in."""
+        return jnp.uint8 if self.entries <= 256 else jnp.uint16
+
     def __str__(self) -> str:
-        return f"codebook of {self.size}"
+        return f"codebook of {self.size}" if self.dim == 1 else f"codebook of {self.size} vectors of {self.dim}"
 
 
 Format = Int | Fixed | Binary | Ternary | Levels | Codebook | floats.Float
 
 # Codes that are integers with a scale and perhaps a zero point, in the order of the reals.
 Integers = Int | Fixed | Binary | Ternary
+
+
+def vector_length(form: Format) -> int:
+    """Return how many values share one index: one, but for codebooks of vectors.
+
+    >>> vector_length(Codebook(256, dim=4)), vector_length(Int(8))
+    (4, 1)
+    """
+    return form.dim if isinstance(form, Codebook) else 1
+
+
+def bits_each(form: Format) -> float:
+    """Return the bits that one value takes at rest: a part of an index where several share it.
+
+    >>> bits_each(Codebook(256, dim=4)), bits_each(Codebook(16, dim=8)), bits_each(Int(8))
+    (2, 0.5, 8)
+    """
+    bits, dim = form.bits, vector_length(form)
+    return bits / dim if bits % dim else bits // dim

@@ -2,7 +2,7 @@
 
 A format is here if it has a `Trait`: the best parameters of an array, the codes that parameters give, where nothing is
 clipped, and the derivative of the decoded array. Assignments are made anew at every call, by the parameters as they are
-then, and are constant to derivatives.
+then or, where they are frozen, as they were at first; they are constant to derivatives.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import codecs, steps
-from jaxq.numbers.formats import Codebook, Int
-from jaxq.numbers.parameters import Parameters
+from jaxq.numbers import codebooks, codecs, steps
+from jaxq.numbers.formats import Codebook, Int, vector_length
+from jaxq.numbers.parameters import Learned, Parameters
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ Grid = tuple[int, ...]
 class Trait(NamedTuple):
     """What a format with learned parameters can do; `value` is what `Parameters` hold for one array.
 
-    start: `(quantizer, x, grid) -> value`, the best for an array. encode: `(quantizer, x, grid, value) -> QArray`, of
-    values that are constant to derivatives. inside: `(quantizer, x, q) -> mask`, where the gradient by x passes, or
-    None for everywhere. follow: `(quantizer, x, q, value, change) -> dx`, how the decoded array moves when the value
-    does, linear in the change.
+    start: `(quantizer, x, grid, importance) -> value`, the best for an array whose errors may count differently.
+    encode: `(quantizer, x, grid, value) -> QArray`, of values that are constant to derivatives. inside: `(quantizer, x,
+    q) -> mask`, where the gradient by x passes, or None for everywhere. follow: `(quantizer, x, q, value, change) ->
+    dx`, how the decoded array moves when the value does, linear in the change.
     """
 
     start: Callable[..., Any]
@@ -45,17 +45,22 @@ class Trait(NamedTuple):
 def unobserved(stack: tuple[int, ...], quantizer: Quantizer, shape: Sequence[int], grid: Grid) -> Parameters:
     """Return the parameters of an array of `shape` that nothing has been seen of: NumPy zeros, a count of zero."""
     x = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-    value = jax.eval_shape(lambda x: _trait(quantizer).start(quantizer, x, grid), x)
+    value = jax.eval_shape(lambda x: _trait(quantizer).start(quantizer, x, grid, None), x)
     zeros = jax.tree.map(lambda leaf: np.zeros((*stack, *leaf.shape), np.float32), value)
     return Parameters(zeros, np.zeros(stack, np.float32))
 
 
-def observe(quantizer: Quantizer, x: jax.Array, grid: Grid, old: Parameters) -> Parameters:
-    """Return one observation: the best parameters of an array, which are looked for only where there are none yet."""
+def observe(
+    quantizer: Quantizer, x: jax.Array, grid: Grid, old: Parameters, importance: jax.Array | None = None
+) -> Parameters:
+    """Return one observation: the best parameters of an array, which are looked for only where there are none yet.
+
+    importance: what the squared error of each value counts, of x's shape; of codebooks only.
+    """
     x = lax.stop_gradient(x)
 
     def start() -> Any:
-        return _trait(quantizer).start(quantizer, x, grid)
+        return _trait(quantizer).start(quantizer, x, grid, importance)
 
     # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
     apart = bool(getattr(jax.typeof(x), "vma", None))
@@ -83,22 +88,24 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, parameters: Parameters
 
 
 def _trait(quantizer: Quantizer) -> Trait:
-    return TRAITS[type(quantizer.format)]
+    assert isinstance(quantizer.calibrator, Learned), "only learned quantizers have parameters"
+    return FROZEN if quantizer.calibrator.frozen else TRAITS[type(quantizer.format)]
 
 
 # --- codebooks --------------------------------------------------------------------------------------------------------
 
 
-def _table(quantizer: Quantizer, x: jax.Array, grid: Grid) -> jax.Array:
+def _table(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None) -> jax.Array:
     """Return the best centroids of every block, [*grid, size]."""
     assert isinstance(quantizer.format, Codebook)
-    return codecs.centroids(quantizer.format, x, grid)
+    return codebooks.centroids(quantizer.format, x, grid, importance)
 
 
 def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -> QArray:
-    """Return the nearest centroids; they are sorted first, since training may have moved one past another."""
+    """Return the nearest centroids; numbers are sorted first, since training may have moved one past another."""
     assert isinstance(quantizer.format, Codebook)
-    return codecs.by_table(quantizer.format, x, grid, jnp.sort(table, axis=-1))
+    table = jnp.sort(table, axis=-1) if quantizer.format.dim == 1 else table
+    return codecs.by_table(quantizer.format, x, grid, table)
 
 
 def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
@@ -107,10 +114,34 @@ def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
 
 def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, change: jax.Array) -> jax.Array:
     """`dx_i = dc_(code of i)`: the gradient of a centroid is its cluster's sum (Han et al. 2016, section 3.3)."""
-    change = jnp.take_along_axis(change, jnp.argsort(value, axis=-1), axis=-1)  # codes are by the sorted table
+    if vector_length(quantizer.format) == 1:
+        change = jnp.take_along_axis(change, jnp.argsort(value, axis=-1), axis=-1)  # codes are by the sorted table
     return lax.convert_element_type(dataclasses.replace(q, table=change).values(), x.dtype)
 
 
+def _pair(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the best centroids twice: those that are trained, and those that values are assigned by."""
+    table = _table(quantizer, x, grid, importance)
+    return table, table
+
+
+def _assigned(quantizer: Quantizer, x: jax.Array, grid: Grid, pair: tuple[jax.Array, jax.Array]) -> QArray:
+    """Return the codes by what the centroids were at first, with the centroids as they are."""
+    assert isinstance(quantizer.format, Codebook)
+    q = codecs.by_table(quantizer.format, x, grid, pair[1])
+    return dataclasses.replace(q, table=lax.select(lax.eq(q.table, q.table), pair[0], q.table))
+
+
+def _nowhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
+    return lax.full_like(x, False, jnp.bool_)
+
+
+def _moved_alone(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
+    """`dx_i = dc_(code of i)`, whatever happens to the centroids of the assignment."""
+    return lax.convert_element_type(dataclasses.replace(q, table=change[0]).values(), x.dtype)
+
+
+FROZEN = Trait(_pair, _assigned, _nowhere, _moved_alone)
 TRAITS: dict[type, Trait] = {
     Codebook: Trait(_table, _nearest, _everywhere, _moved),
     Int: Trait(steps.start, steps.encode, steps.inside, steps.follow),

@@ -27,7 +27,7 @@ def codes_of(quantizer: Quantizer) -> np.ndarray:
     if isinstance(form, Levels):
         return np.arange(len(form.values), dtype=np.uint8)
     if isinstance(form, Codebook):
-        return np.arange(form.size, dtype=np.uint8)
+        return np.arange(form.entries if form.entries <= MOST else 0, dtype=np.uint8)
     codes = np.arange(2**form.bits, dtype=np.uint8).view(form.storage)
     return codes[np.isfinite(codes.astype(np.float32))] if form.storage != np.uint8 else codes
 

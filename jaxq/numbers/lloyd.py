@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import partition
+from jaxq.numbers import partition, windows
 
 # A number as the unrounded sum of two float32.
 Pair = tuple[jax.Array, jax.Array]
@@ -26,7 +26,8 @@ NEGLIGIBLE = np.float32(2.0**-40)
 QUANTILES = 2**14
 # Up to here comparisons, which fuse with what surrounds them, are faster than binary searches.
 MOST_COMPARISONS = 15
-# Points that stand for a block of more values: so many for each cluster, within these limits.
+# Points that stand for a block of more values: so many for each cluster, within these limits. Where there are fewer of
+# them than that, the partition is improved once more.
 POINTS_EACH, FEWEST, MOST = 16, 256, 1024
 # Vectors whose distances to all centroids are in memory at once.
 BATCH = 2**14
@@ -98,7 +99,8 @@ def fit(values: jax.Array, k: int, weights: jax.Array | None = None) -> jax.Arra
     """Return the best k centroids of every block, ascending: `partition.best` and `lloyd`. [blocks, n] -> [blocks, k].
 
     The optimum where a block has at most 256 values, or 16 k if that is more, up to 1024; otherwise they are grouped
-    into so many points to start from. Costs are float32: of two that differ by less than 1e-6 either may be taken.
+    into so many points to start from and, for more than 64 clusters, improved with `windows`. Costs are float32: of two
+    that differ by less than 1e-6 either may be taken.
 
     >>> import jax.numpy as jnp
     >>> from jaxq.numbers.lloyd import fit
@@ -112,23 +114,26 @@ def dkm(values: jax.Array, centroids: jax.Array, temperature, iterations: int) -
     """Return soft values and centroids of differentiable k-means: gradients flow through all its iterations.
 
     `A = softmax_j(-(x_i - c_j)^2 / temperature)`, `c_j <- sum_i A_ij x_i / sum_i A_ij`, soft values `A c`. values:
-    [blocks, n]; centroids: [blocks, k]; temperature: a positive scalar, in units of the values' variance. Memory is
-    that of one iteration, `n k` numbers per block: the others are computed again in the gradient. Cho et al. 2022
-    (DKM), algorithm 1.
+    [blocks, n], or vectors [blocks, n, d]; centroids: [blocks, k] or [blocks, k, d]; temperature: positive, in units of
+    the values' variance, one number or [blocks, 1, 1]. Memory is that of one iteration, `n k` numbers per block: the
+    others are computed again in the gradient. Cho et al. 2022 (DKM), algorithm 1.
     """
     values, centroids, temperature = _float32(values), _float32(centroids), _float32(temperature)
+    if values.ndim == 2:
+        soft, centroids = dkm(values[:, :, None], centroids[:, :, None], temperature, iterations)
+        return soft[:, :, 0], centroids[:, :, 0]
     precise = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
     @jax.checkpoint
     def step(centroids, _):
         attention = _attention(values, centroids, temperature)
-        mass = attention.sum(axis=1)
-        sums = precise("bnk,bn->bk", attention, values)
+        mass = attention.sum(axis=1)[:, :, None]
+        sums = precise("bnk,bnd->bkd", attention, values)
         full = mass > NEGLIGIBLE
         return jnp.where(full, sums / jnp.where(full, mass, 1), centroids), None
 
     centroids, _ = lax.scan(step, centroids, None, length=iterations)
-    return precise("bnk,bk->bn", _attention(values, centroids, temperature), centroids), centroids
+    return precise("bnk,bkd->bnd", _attention(values, centroids, temperature), centroids), centroids
 
 
 def centroid_gradient(gradient: jax.Array, indices: jax.Array, k: int) -> jax.Array:
@@ -140,22 +145,24 @@ def centroid_gradient(gradient: jax.Array, indices: jax.Array, k: int) -> jax.Ar
     return jax.vmap(total)(_float32(gradient), indices.astype(jnp.int32))
 
 
-def fit_vectors(key: jax.Array, vectors: jax.Array, k: int, iterations: int = 20) -> jax.Array:
-    """Return a codebook for vectors, by k-means++ and Lloyd's iterations. [n, d] -> [k, d].
+def fit_vectors(
+    key: jax.Array, vectors: jax.Array, k: int, iterations: int = 20, weights: jax.Array | None = None
+) -> jax.Array:
+    """Return a codebook for vectors, by k-means++ and Lloyd's iterations. [n, d], weights [n] -> [k, d].
 
     An entry that is nearest to no vector stays where it is.
     """
     vectors = _float32(vectors)
+    weights = jnp.ones(vectors.shape[0], jnp.float32) if weights is None else _float32(weights)
 
     def step(_, codebook):
         index = assign_vectors(vectors, codebook)
-        count = jax.ops.segment_sum(jnp.ones_like(index), index, k)[:, None].astype(jnp.float32)
+        mass = jax.ops.segment_sum(weights, index, k)[:, None]
         # The mean of the distances from the old entry: smaller numbers, smaller rounding errors.
-        moved = jax.ops.segment_sum(vectors - codebook[index], index, k)
-        return codebook + moved / jnp.maximum(count, 1)
+        moved = jax.ops.segment_sum(weights[:, None] * (vectors - codebook[index]), index, k)
+        return codebook + moved / jnp.where(mass > 0, mass, 1)
 
-    start = _plus_plus(key, vectors, jnp.ones(vectors.shape[0], jnp.float32), k)
-    return lax.fori_loop(0, iterations, step, start)
+    return lax.fori_loop(0, iterations, step, _plus_plus(key, vectors, weights, k))
 
 
 def assign_vectors(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -229,6 +236,13 @@ def _between(running: Pair, ends: jax.Array) -> jax.Array:
     return (high[:, 1:] - high[:, :-1]) + (low[:, 1:] - low[:, :-1])
 
 
+def _ends(values: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return where the clusters of ascending values begin, and the end: int32 [blocks, k + 1]."""
+    search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
+    inner = search(values, _middle(centroids)).astype(jnp.int32)
+    return jnp.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, values.shape[-1])))
+
+
 @functools.partial(jax.jit, static_argnames="iterations")
 def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, iterations: int) -> jax.Array:
     n = values.shape[-1]
@@ -236,11 +250,9 @@ def _lloyd(values: jax.Array, weights: jax.Array | None, centroids: jax.Array, i
         return centroids
     first = _running(values if weights is None else weights * values)
     mass = None if weights is None else _running(weights)
-    search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def step(centroids):
-        inner = search(values, _middle(centroids)).astype(jnp.int32)
-        ends = jnp.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, n)))
+        ends = _ends(values, centroids)
         count = jnp.diff(ends, axis=1)
         held = count.astype(jnp.float32) if mass is None else _between(mass, ends)
         full = (count > 0) & (held > NEGLIGIBLE * jnp.sum(held, axis=1, keepdims=True))
@@ -267,12 +279,20 @@ def _fit(values: jax.Array, weights: jax.Array | None, k: int) -> jax.Array:
     n = values.shape[-1]
     if 0 in values.shape:
         return jnp.zeros((values.shape[0], k), jnp.float32)
-    ends = partition.edges(values, weights, min(n, max(FEWEST, min(POINTS_EACH * k, MOST))))
-    first = _between(_running(values if weights is None else weights * values), ends)
-    mass = jnp.diff(ends, axis=1).astype(jnp.float32) if weights is None else _between(_running(weights), ends)
-    alone = jnp.take_along_axis(values, jnp.minimum(ends[:, :-1], n - 1), axis=1)
-    points = jnp.where(mass > 0, first / jnp.where(mass > 0, mass, 1), alone)
-    return _lloyd(values, weights, partition.best(points, mass, k), 100)
+    first = _running(values if weights is None else weights * values)
+    masses = None if weights is None else _running(weights)
+
+    def grouped(ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the means and the weights of the values between successive ends."""
+        mass = jnp.diff(ends, axis=1).astype(jnp.float32) if masses is None else _between(masses, ends)
+        alone = jnp.take_along_axis(values, jnp.minimum(ends[:, :-1], n - 1), axis=1)
+        return jnp.where(mass > 0, _between(first, ends) / jnp.where(mass > 0, mass, 1), alone), mass
+
+    count = min(n, max(FEWEST, min(POINTS_EACH * k, MOST)))
+    best = partition.best(*grouped(partition.edges(values, weights, count)), k)
+    if count < min(n, POINTS_EACH * k):
+        best = grouped(windows.improve(_ends(values, best), grouped))[0]
+    return _lloyd(values, weights, jnp.sort(best, axis=-1), 100)
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -307,8 +327,8 @@ def _plus_plus(key: jax.Array, points: jax.Array, weights: jax.Array, k: int) ->
 
 
 def _attention(values: jax.Array, centroids: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Return `softmax_j(-(x_i - c_j)^2 / temperature)`: [blocks, n, k]."""
-    distance = (values[:, :, None] - centroids[:, None, :]) ** 2
+    """Return `softmax_j(-(x_i - c_j)^2 / temperature)`: [blocks, n, d], [blocks, k, d] -> [blocks, n, k]."""
+    distance = jnp.sum((values[:, :, None, :] - centroids[:, None, :, :]) ** 2, axis=-1)
     # Shifted before it is divided: a small temperature makes infinities of the far ones only.
     nearest = lax.stop_gradient(distance.min(axis=-1, keepdims=True))
     return jax.nn.softmax((nearest - distance) / temperature, axis=-1)

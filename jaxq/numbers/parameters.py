@@ -16,8 +16,8 @@ import jax.numpy as jnp
 class Parameters(NamedTuple):
     """What training may change of a quantizer, and how often it was observed; all leaves float32.
 
-    value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, size]); count:
-    [*stack], zero where nothing was observed. Differentiable by `value`.
+    value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, entries]);
+    count: [*stack], zero where nothing was observed. Differentiable by `value`.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -35,11 +35,14 @@ class Parameters(NamedTuple):
 class Learned:
     """Parameters are leaves of the plan: the best for the first array seen, then whatever training makes of them.
 
+    frozen: of codebooks, values stay with the centroids that they had at first.
+
     >>> import jaxq
     >>> jaxq.kmeans(16, calibrator=jaxq.learned())
-    codebook of 16 per tensor static (Learned())
+    codebook of 16 per tensor static (Learned(frozen=False))
     """
 
+    frozen: bool = False
     histogram = False
 
     def update(self, old: Parameters, new: Parameters) -> Parameters:
@@ -48,11 +51,13 @@ class Learned:
         return first(old, new._replace(value=value))._replace(count=old.count + new.count)
 
 
-def learned() -> Learned:
+def learned(*, frozen: bool = False) -> Learned:
     """Make a calibrator whose parameters are trained: differentiate by the plan, `optax` over `(plan, params)`.
 
     Of a codebook these are its centroids, of integers their steps (LSQ; LSQ+ where there are zero points, TQT where
-    steps are powers of two).
+    steps are powers of two). Values are assigned to centroids anew at every call. frozen: of a codebook, only the
+    centroids are trained, and every value stays with its own (Han et al. 2016, section 3.3): parameters are a pair, the
+    centroids and what they were at first, by which values are assigned, and no gradient goes on to the values.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -62,7 +67,7 @@ def learned() -> Learned:
     >>> gradient.range("w")[1].value.tolist()  # the sums over what the centroids stand for
     [[[2.0, 1.0]]]
     """
-    return Learned()
+    return Learned(frozen)
 
 
 def first(a: Parameters, b: Parameters) -> Parameters:

@@ -1,8 +1,8 @@
 """A quantized array: codes, what is needed to decode them, and the format they are in.
 
 `x ~ scale * (codes - zero_point)`, or `scale * table[codes]`. The shape of the scale is the granularity (see `blocks`).
-A `QArray` is a pytree, reports the shape and dtype of the float array it stands for, and holds codes of 4, 2 and 1 bits
-packed when it is at rest (see `packing`). `Dropped` / `Stored` are what else can stand at a leaf of converted
+A `QArray` is a pytree, reports the shape and dtype of the float array it stands for, and holds codes of fewer than 8
+bits packed when it is at rest (see `packing`). `Dropped` / `Stored` are what else can stand at a leaf of converted
 parameters.
 """
 
@@ -43,7 +43,7 @@ class QArray:
     stored: the codes, [*shape] in `format.storage`, or bytes where `packing` says so; scale: each dimension divides the
     codes', float32, or uint8 exponents of two (MX), or float8 to be multiplied by `outer` (NVFP4), or None for
     codebooks; zero_point: in `format.storage`, of the scale's shape, or None for a symmetric array; table: float32
-    [*grid, size] of a codebook's centroids. `dtype` is that of the float array this stands for.
+    [*grid, entries] of a codebook's centroids. `dtype` is that of the float array this stands for.
 
     >>> import jax.numpy as jnp, jaxq
     >>> q = jaxq.int8()(jnp.array([[1.0, -2.0], [0.5, 4.0]]))
@@ -100,8 +100,8 @@ class QArray:
         return held_bytes(self)
 
     def packed(self, skip: int = 0) -> "QArray":
-        """Return the same array with codes of 4, 2 and 1 bits packed into bytes, not along the first `skip` axes."""
-        axis = None if self.packing else packing.best_axis(self.shape[skip:], self.format.bits)
+        """Return the same array with codes of fewer than 8 bits packed into bytes, not along the first `skip` axes."""
+        axis = None if self.packing else packing.best_axis(self.shape[skip:], self.format)
         if axis is None:
             return self
         axis += skip

@@ -5,14 +5,15 @@ It is plain data; what it does to an array is in `codecs`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
-from jaxq.numbers.fits import MSE, Entropy, Fit, MeanAbs, Octav
-from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary
+from jaxq.numbers.fits import DKM, MSE, Entropy, Fit, MeanAbs, Octav
+from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary, vector_length
 from jaxq.numbers.parameters import Learned
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.rounding import NearestEven, Stochastic
@@ -62,16 +63,31 @@ class Quantizer:
             raise ValueError(f"group= is a positive number of indices, got {self.group!r}")
         if self.static and not self.learned and not self.per_tensor:
             raise ValueError("a calibrated (static) range is per tensor: add per_tensor=True, or drop calibrator=")
+        self._check_codebook()
         self._check_format()
         self._check_calibrator()
         self._check_scaling()
+
+    def _check_codebook(self) -> None:
+        """Raise for what only codebooks, or only those of single numbers, can do."""
+        form, vectors = self.format, vector_length(self.format) > 1
+        if isinstance(self.fit, DKM) and not isinstance(form, Codebook):
+            raise ValueError(f"dkm() is for codebooks: drop fit= for {form}")
+        if isinstance(self.calibrator, Learned) and self.calibrator.frozen and not isinstance(form, Codebook):
+            raise ValueError(f"frozen=True keeps values at their centroids, {form} has none: drop frozen=")
+        if vectors and not self.per_tensor:
+            raise ValueError("a codebook of vectors is one for all: drop group= and per_tensor=False")
+        if vectors and isinstance(self.calibrator, MinMax):
+            raise ValueError("calibration counts numbers, not vectors: use calibrator=jaxq.learned()")
 
     def _check_format(self) -> None:
         """Raise for options that a format has no use for."""
         form, integer = self.format, isinstance(self.format, Int)
         if not integer and not self.symmetric:
             raise ValueError(f"only integers have zero points: drop symmetric=False for {form}")
-        if not integer and (self.fit is not None or self.power_of_two or not self.narrow):
+        if not integer and (
+            (self.fit is not None and not isinstance(self.fit, DKM)) or self.power_of_two or not self.narrow
+        ):
             raise ValueError(f"fit=, power_of_two= and narrow= are options of integers: drop them for {form}")
         if not isinstance(self.rounding, (NearestEven, Stochastic)):
             raise TypeError(f"rounding= of integers is NearestEven() or Stochastic(), got {self.rounding!r}")
@@ -158,8 +174,27 @@ class Quantizer:
         assert isinstance(self.format, Integers), f"{self.format} has no integer products"
         return self.format.reach(self.symmetric)
 
+    def turn(self, x: Any, contracted: Sequence[int]) -> Any:
+        """Return an array, or its codes, with the axis that vectors run along, the last contracted one, at the end.
+
+        It changes places with the last axis, so that turned once more all is as it was. Single numbers stay.
+        """
+        if vector_length(self.format) == 1:
+            return x
+        axis, last, order = tuple(contracted)[-1], x.ndim - 1, list(range(x.ndim))
+        order[axis], order[last] = last, axis
+        return x.transpose(tuple(order))
+
     def grid(self, shape: Sequence[int], contracted: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the scale for an operand of `shape` whose `contracted` axes are summed over."""
+        """Return the shape of the scale for an operand of `shape` whose `contracted` axes are summed over.
+
+        Raises `ValueError` where groups, or the vectors of a codebook, do not divide the last of these.
+        """
+        dim, axis = vector_length(self.format), tuple(contracted)[-1:]
+        if dim > 1 and (not axis or shape[axis[0]] % dim):
+            raise ValueError(
+                f"vectors of {dim} do not divide the last of the axes {tuple(contracted)} of {tuple(shape)}"
+            )
         if self.per_tensor:
             return (1,) * len(shape)
         return blocks.grid_shape(shape, contracted, self.group)
@@ -170,14 +205,15 @@ class Quantizer:
         """Quantize an array by its own range: one scale per index of every axis outside `contracted`.
 
         The default contracts all axes but the last, as for a kernel `[inputs, outputs]`, and the only axis of a vector.
-        Codes of 4, 2 and 1 bits come packed. key: round stochastically instead of to nearest. Raises `ValueError` for
+        Codes of fewer than 8 bits come packed. key: round stochastically instead of to nearest. Raises `ValueError` for
         NaN or infinity where the values are known, and `TypeError` for an array that is not floating point.
         """
         x = as_float(x)
-        axes = range(max(1, x.ndim - 1)) if contracted is None else [axis % x.ndim for axis in contracted]
+        axes = list(range(max(1, x.ndim - 1))) if contracted is None else [axis % x.ndim for axis in contracted]
         grid = self.grid(x.shape, tuple(axes))
-        q = codecs.encode(self, x, grid) if key is None else codecs.encode_stochastically(self, x, grid, key)
-        return q.packed()
+        if key is not None:
+            return codecs.encode_stochastically(self, x, grid, key).packed()
+        return self.turn(codecs.encode(self, self.turn(x, axes), grid), axes).packed()
 
     def __repr__(self) -> str:
         words = [str(self.format)]

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 Grid = tuple[int, ...]
 
 
-def start(quantizer: Quantizer, x: jax.Array, grid: Grid) -> Any:
+def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> Any:
     """Return the steps of least squared error, [*grid], and with a zero point the lowest values too: a pair."""
+    del importance
     best = affine.affine_for(dataclasses.replace(quantizer, calibrator=None, fit=MSE()), x, grid)
     if best.zero_point is None:
         return best.scale

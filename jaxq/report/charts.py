@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxq.numbers.formats import bits_each
 from jaxq.report.bins import binned, widest
 from jaxq.report.report import Measured, Report, SiteReport, decibels
 from jaxq.report.svg import Markup, join, tag
@@ -157,12 +158,12 @@ def bits(report: Report) -> Markup:
     return axes.figure(axes.grid([]), *cells, _columns(report, axes, text), label="Bits by site")
 
 
-def _width(site: SiteReport, role: str) -> int | None:
+def _width(site: SiteReport, role: str) -> float | None:
     operands = [o for o in site.decision.site.operands if o.role == role]
     if not operands:
         return None
     quantizer = site.decision.scheme.of(role) if site.decision.scheme else None
-    return quantizer.format.bits if quantizer else 8 * np.dtype(_numpy_name(operands[0].dtype)).itemsize
+    return bits_each(quantizer.format) if quantizer else 8 * np.dtype(_numpy_name(operands[0].dtype)).itemsize
 
 
 def _numpy_name(dtype: str) -> str:

@@ -8,11 +8,13 @@ the rows it takes; activations pass through SRAM once, in at the width of their 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxq.decisions.decision import Decision
+from jaxq.numbers.formats import bits_each
 from jaxq.programs.sites import Operand, Site
 from jaxq.report.energy import DRAM_BIT, SRAM_BIT, Energy, float_mac, integer_mac
 
@@ -51,18 +53,18 @@ def cost_of(decision: Decision, runs: float, bytes_held: Both) -> Cost:
     return Cost(macs, Both(macs * _product(plain), macs * _product(coded)), bytes_held, Both(*energies))
 
 
-def _product(bits: list[int]) -> int:
-    return math.prod(bits) if len(bits) == 2 else 0
+def _product(bits: Sequence[float]) -> float:
+    return bits[0] * bits[1] if len(bits) == 2 else 0
 
 
 def _dtype_bits(operand: Operand) -> int:
     return 8 * jnp.dtype(operand.dtype).itemsize
 
 
-def _bits(decision: Decision) -> list[int]:
+def _bits(decision: Decision) -> list[float]:
     """Return the width of every operand's numbers as decided."""
     pairs = zip(decision.quantizers, decision.site.operands, strict=True)
-    return [_dtype_bits(operand) if q is None else q.format.bits for q, operand in pairs]
+    return [_dtype_bits(operand) if q is None else bits_each(q.format) for q, operand in pairs]
 
 
 def _mac(decision: Decision) -> float:
@@ -71,7 +73,7 @@ def _mac(decision: Decision) -> float:
     return float_mac(max(_dtype_bits(operand) for operand in decision.site.operands))
 
 
-def _energy(site: Site, compute: float, weight_bytes: float, moved: tuple[float, list[int]]) -> Energy:
+def _energy(site: Site, compute: float, weight_bytes: float, moved: tuple[float, Sequence[float]]) -> Energy:
     runs, bits = moved
     if site.op == "embedding":
         weight_bytes *= math.prod(site.out_shape) / max(1, math.prod(site.weight.shape)) if site.weight else 1

@@ -33,7 +33,7 @@ class Energy(NamedTuple):
         return self.compute + self.memory
 
 
-def integer_mac(a: int, b: int) -> float:
+def integer_mac(a: float, b: float) -> float:
     """Return the energy of multiplying integers of `a` and `b` bits and adding the product in int32, in pJ.
 
     >>> round(integer_mac(8, 8), 4), round(integer_mac(4, 8), 4)

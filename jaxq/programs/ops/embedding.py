@@ -76,14 +76,14 @@ class Embedding:
         return self.numbers.offset_dims[axis - sum(other < axis for other in gone)]
 
     def apply(self, table: jax.Array, *indices, out_dtype=None, fill_value=None) -> jax.Array:
-        """Look up in a plain array, or in a scale, whose whole axes have size one."""
+        """Look up in a plain array, or in one whose whole axes have another size: scales, packed codes."""
         del out_dtype
-        pairs = zip(self.slice_sizes, table.shape, strict=True)
+        (whole,), pairs = self.contracted, zip(self.slice_sizes, table.shape, strict=True)
         return lax.gather(
             table,
             jnp.stack([indices[axis] for axis in self.numbers.start_index_map]) if self.separate else indices[0],
             self.numbers,
-            tuple(min(size, n) for size, n in pairs),
+            tuple(n if axis in whole else min(size, n) for axis, (size, n) in enumerate(pairs)),
             mode=self.mode,
             fill_value=self.fill_value if fill_value is None else fill_value,
             unique_indices=self.unique_indices,
