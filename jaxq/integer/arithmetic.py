@@ -1,0 +1,216 @@
+"""Sums, products with constants and with one another, maxima and comparisons, element by element.
+
+A constant factor goes into the scale, its sign into the codes; a constant summand is rounded to the sum's own scale. So
+a BatchNorm after a convolution *is* folded: two additions in int32 for each element, nothing else.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.scales import constant, power_above, refined, rescaled, together, widened, within
+from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, ones, wide
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Eqn
+
+
+def _finite(c: Constant) -> np.ndarray:
+    reals = c.reals
+    if not np.isfinite(reals).all():
+        raise Refusal("has a constant that is not finite")
+    return reals
+
+
+def _shifted(v: Coded, c: Constant) -> Coded:
+    """v + c."""
+    v, reals = refined(v), _finite(c)
+    if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
+        total = float(np.max(v.reach * v.scale + np.abs(reals)))
+        v = rescaled(v, ones(power_above(total / ROOM), v.codes.ndim))
+    steps = constant(c, v)
+    return wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
+
+
+def scaled(v: Coded, factor: np.ndarray) -> Coded:
+    """v * factor: the scale times |factor|, the codes times its sign."""
+    scale = v.scale * np.where(factor == 0, 1.0, np.abs(factor))
+    if np.all(factor > 0):
+        return Coded(v.codes, scale, v.low, v.high, v.zero_point)
+    w = widened(v)
+    sign = np.sign(np.broadcast_to(factor, (1,) * w.codes.ndim) if factor.ndim == 0 else factor).astype(np.int64)
+    ends = np.minimum(w.low * sign, w.high * sign), np.maximum(w.low * sign, w.high * sign)
+    return wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends)
+
+
+def add(eqn: Eqn, a, b) -> Coded:
+    """Values of one scale, or together at one."""
+    del eqn
+    if isinstance(a, Constant):
+        a, b = b, a
+    if isinstance(b, Constant):
+        return _shifted(a, b)
+    a, b = together([a, b])
+    return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
+
+
+def sub(eqn: Eqn, a, b) -> Coded:
+    """a + (-b)."""
+    return add(eqn, a, neg(eqn, b))
+
+
+def neg(eqn: Eqn, a):
+    """-a."""
+    del eqn
+    return Constant(-a.reals) if isinstance(a, Constant) else scaled(a, np.float64(-1))
+
+
+def mul(eqn: Eqn, a, b) -> Coded:
+    """By a constant: its scale. Of two values: their codes, with thirty bits between them."""
+    del eqn
+    if isinstance(a, Constant):
+        a, b = b, a
+    if isinstance(b, Constant):
+        return scaled(a, _finite(b))
+    if a.is_narrow:
+        a, b = b, a
+    short = within(b, 2**15 if not b.is_narrow else float(b.reach.max()))
+    long = within(a, ROOM / float(short.reach.max()))
+    reach = long.reach * short.reach
+    return wide(long.codes * short.codes, long.scale * short.scale, -reach, reach)
+
+
+def div(eqn: Eqn, a, b) -> Coded:
+    """By a constant."""
+    if not isinstance(b, Constant):
+        raise Refusal("divides by a value: only constants and functions of one value have an integer form")
+    if not np.all(b.reals):
+        raise Refusal("divides by zero")
+    return mul(eqn, a, Constant(1 / b.reals))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def _limit(v: Coded, c: Constant) -> tuple[Coded, np.ndarray]:
+    """Return a value and the codes, int64, of a constant at its scale, saturated (infinity included)."""
+    if v.is_narrow and np.any(c.reals):
+        v = refined(v)
+    steps = np.rint(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
+    ends = (v.low.min(), v.high.max()) if v.is_narrow else INT32
+    return v, np.clip(steps, *ends).astype(np.int64)
+
+
+def _clamped(pick: Callable, bound: Callable) -> Callable:
+    """max and min: with a constant a clamp of codes, of two values one of their codes."""
+
+    def rule(eqn: Eqn, a, b) -> Coded:
+        del eqn
+        if isinstance(a, Constant):
+            a, b = b, a
+        if isinstance(b, Constant):
+            v, steps = _limit(a, b)
+            codes = pick(v.codes, jnp.asarray(steps + v.zero_point, v.codes.dtype))
+            return Coded(codes, v.scale, bound(v.low, steps), bound(v.high, steps), v.zero_point)
+        a, b = together([a, b])
+        return wide(pick(a.codes, b.codes), a.scale, bound(a.low, b.low), bound(a.high, b.high))
+
+    return rule
+
+
+maximum, minimum = _clamped(jnp.maximum, np.maximum), _clamped(jnp.minimum, np.minimum)
+
+
+def clamp(eqn: Eqn, low, x, high) -> Coded:
+    """min(max(x, low), high)."""
+    return minimum(eqn, maximum(eqn, x, low), high)
+
+
+def compare(eqn: Eqn, a, b) -> Plain:
+    """Codes of one scale; a constant is rounded to the step that gives the same answer for every code."""
+    if isinstance(a, Constant):
+        v, c, rounding = b, a, _ROUNDED[_TURNED[eqn.primitive]]
+    elif isinstance(b, Constant):
+        v, c, rounding = a, b, _ROUNDED[eqn.primitive]
+    else:
+        return Plain(jaxpr.rebind(eqn, *(v.codes for v in together([a, b])))[0])
+    v = widened(v)
+    steps = rounding(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
+    threshold = jnp.broadcast_to(jnp.asarray(np.clip(steps, *INT32), jnp.int32), v.codes.shape)
+    pair = (threshold, v.codes) if isinstance(a, Constant) else (v.codes, threshold)
+    return Plain(jaxpr.rebind(eqn, *pair)[0])
+
+
+def _exactly(steps: np.ndarray) -> np.ndarray:
+    """Return whole steps as they are; what lies between two of them equals no code, and is put where none is."""
+    return np.where(steps == np.rint(steps), steps, INT32[0])
+
+
+# code >= c is code >= ceil(c), code > c is code > floor(c).
+_ROUNDED = {
+    lax.ge_p: np.ceil,
+    lax.lt_p: np.ceil,
+    lax.gt_p: np.floor,
+    lax.le_p: np.floor,
+    lax.eq_p: _exactly,
+    lax.ne_p: _exactly,
+}
+_TURNED = {
+    lax.ge_p: lax.le_p,
+    lax.le_p: lax.ge_p,
+    lax.gt_p: lax.lt_p,
+    lax.lt_p: lax.gt_p,
+    lax.eq_p: lax.eq_p,
+    lax.ne_p: lax.ne_p,
+}
+
+
+def select(eqn: Eqn, which, *cases) -> Coded:
+    """One of several values, brought to one scale."""
+    if isinstance(which, Constant):
+        which = Plain(jnp.broadcast_to(jnp.asarray(which.array), eqn.invars[0].aval.shape))
+    if not isinstance(which, Plain):
+        raise Refusal("selects by what is not a truth value")
+    data = [c for c in cases if isinstance(c, Coded)]
+    extra = max([float(np.max(np.abs(_finite(c)))) for c in cases if isinstance(c, Constant)], default=0.0)
+    coded = together([refined(c) for c in data], extra)
+    like = coded[0]
+    codes = iter(coded)
+    full = [constant(c, like) if isinstance(c, Constant) else next(codes) for c in cases]
+    shape = which.array.shape or like.codes.shape
+    parts = [jnp.broadcast_to(c.codes, shape) for c in full]
+    low, high = np.minimum.reduce([c.low.min() for c in full]), np.maximum.reduce([c.high.max() for c in full])
+    return wide(
+        jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, ones(low, like.codes.ndim), ones(high, like.codes.ndim)
+    )
+
+
+def identity(eqn: Eqn, x):
+    """A change of type: of numbers that stand for themselves to codes of scale one, of codes to nothing else."""
+    if not jaxpr.is_float(eqn.outvars[0].aval):
+        raise Refusal("turns a real number into an integer, which depends on how it is rounded: leave it to the caller")
+    if isinstance(x, Coded):
+        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point)
+    dtype, array = x.array.dtype, x.array
+    low, high = (0, 1) if dtype == bool else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    if high > INT32[1]:
+        raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
+    codes = lax.convert_element_type(array, jnp.int32)
+    return wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim), ones(high, codes.ndim))
+
+
+COMPARISONS = frozenset(_ROUNDED)
+RULES = {
+    lax.add_p: add,
+    lax.sub_p: sub,
+    lax.neg_p: neg,
+    lax.mul_p: mul,
+    lax.div_p: div,
+    lax.max_p: maximum,
+    lax.min_p: minimum,
+    lax.clamp_p: clamp,
+    **dict.fromkeys(_ROUNDED, compare),
+    lax.select_n_p: select,
+    lax.convert_element_type_p: identity,
+}

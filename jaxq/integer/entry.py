@@ -1,0 +1,84 @@
+"""Where the float inputs of a program become codes: at the call, on the grid of the first site that takes them.
+
+An input may be moved, cut, padded and pooled on its way to the site; the codes are, instead of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.products import Job
+from jaxq.integer.values import Coded, ones
+from jaxq.numbers import affine
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Body, CustomRule, Inline, Remat
+from jaxq.programs.sites import Path
+
+# Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
+ENTRY, EXIT = "entry", "exit"
+KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
+
+Takers = dict[int, tuple[Path, int]]
+
+
+def takers(body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job]) -> Takers:
+    """Return for each numbered argument the site that takes it first, and as which operand."""
+    found: Takers = {}
+    _follow(body, numbers, jobs, (), found)
+    return found
+
+
+def _follow(
+    body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job], path: Path, found: Takers
+) -> list[int | None]:
+    """Add to `found`; return which argument each output is."""
+    env: dict[Any, int | None] = dict(zip(body.jaxpr.invars, numbers, strict=True))
+
+    def number(v: Any) -> int | None:
+        return None if isinstance(v, jaxpr.Literal) else env.get(v)
+
+    for place, eqn in enumerate(body.jaxpr.eqns):
+        here, held = (*path, place), [number(v) for v in eqn.invars]
+        if here in jobs:
+            for n, argument in enumerate(held[:2]):
+                if argument is not None:
+                    found.setdefault(argument, (here, n))
+            continue
+        sub = jaxpr.subprogram(eqn)
+        if isinstance(sub, Inline | CustomRule | Remat):
+            env.update(zip(eqn.outvars, _follow(sub.body, held, jobs, (*here, 0), found), strict=True))
+        elif eqn.primitive in KEEPS:
+            env[eqn.outvars[0]] = held[0]
+    return [number(v) for v in body.jaxpr.outvars]
+
+
+def enter(x: jax.Array, job: Job, number: int) -> Coded:
+    """Quantize an input to int8 codes: saturated; NaN is taken for zero."""
+    grid = job.grid(number)
+    scale, point = (s if s is None else s.reshape((1,) * x.ndim) for s in job.affine(number))
+    with jax.named_scope(ENTRY):
+        known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
+        codes = affine.encode(job.quantizer(number), known, affine.Affine(scale, point))
+    low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
+    return Coded(_signed(codes), ones(grid.scale, x.ndim), low, high, grid.zero_point)
+
+
+def _signed(codes: jax.Array) -> jax.Array:
+    """Return int8 codes; unsigned ones move down by 128, which flips their first bit."""
+    if codes.dtype == jnp.int8:
+        return codes
+    return lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
+
+
+def leave(v: Coded, dtype: Any) -> jax.Array:
+    """Dequantize: `(codes - zero_point) * scale`, in float32."""
+    codes = v.codes
+    if v.zero_point:
+        codes = lax.convert_element_type(codes, jnp.int32) - np.int32(v.zero_point)
+    with jax.named_scope(EXIT):
+        reals = lax.convert_element_type(codes, jnp.float32) * jnp.asarray(v.scale, jnp.float32)
+        return lax.convert_element_type(reals, dtype)
