@@ -5,15 +5,19 @@ a BatchNorm after a convolution *is* folded: two additions in int32 for each ele
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxq.integer.scales import constant, power_above, refined, rescaled, together, widened, within
-from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, ones, wide
+from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
+
+# How much larger than a value a constant that takes its place may be: what is left of thirty bits is fifteen.
+FAR = 2.0**15
 
 
 def _finite(c: Constant) -> np.ndarray:
@@ -63,7 +67,7 @@ def sub(eqn: Eqn, a, b) -> Coded:
 def neg(eqn: Eqn, a):
     """-a."""
     del eqn
-    return Constant(-a.reals) if isinstance(a, Constant) else scaled(a, np.float64(-1))
+    return Constant(-a.reals) if isinstance(a, Constant) else scaled(a, np.array(-1.0))
 
 
 def mul(eqn: Eqn, a, b) -> Coded:
@@ -148,7 +152,7 @@ def _exactly(steps: np.ndarray) -> np.ndarray:
 
 
 # code >= c is code >= ceil(c), code > c is code > floor(c).
-_ROUNDED = {
+_ROUNDED: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
     lax.ge_p: np.ceil,
     lax.lt_p: np.ceil,
     lax.gt_p: np.floor,
@@ -173,17 +177,18 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     if not isinstance(which, Plain):
         raise Refusal("selects by what is not a truth value")
     data = [c for c in cases if isinstance(c, Coded)]
+    if not data:
+        raise Refusal("selects one of two constants by a value: no range is known for the result")
     extra = max([float(np.max(np.abs(_finite(c)))) for c in cases if isinstance(c, Constant)], default=0.0)
+    if extra > FAR * max(float(np.max(c.reach * c.scale)) for c in data):
+        raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
     coded = together([refined(c) for c in data], extra)
-    like = coded[0]
-    codes = iter(coded)
-    full = [constant(c, like) if isinstance(c, Constant) else next(codes) for c in cases]
+    like, rest = coded[0], iter(coded)
+    full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in cases]
     shape = which.array.shape or like.codes.shape
     parts = [jnp.broadcast_to(c.codes, shape) for c in full]
-    low, high = np.minimum.reduce([c.low.min() for c in full]), np.maximum.reduce([c.high.max() for c in full])
-    return wide(
-        jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, ones(low, like.codes.ndim), ones(high, like.codes.ndim)
-    )
+    low, high = (ones(end, like.codes.ndim, np.int64) for end in span(full))
+    return wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
 
 
 def identity(eqn: Eqn, x):
@@ -193,7 +198,7 @@ def identity(eqn: Eqn, x):
     if isinstance(x, Coded):
         return Coded(x.codes, x.scale, x.low, x.high, x.zero_point)
     dtype, array = x.array.dtype, x.array
-    low, high = (0, 1) if dtype == bool else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    low, high = (0, 1) if dtype == jnp.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
     if high > INT32[1]:
         raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
     codes = lax.convert_element_type(array, jnp.int32)
@@ -201,7 +206,7 @@ def identity(eqn: Eqn, x):
 
 
 COMPARISONS = frozenset(_ROUNDED)
-RULES = {
+RULES: dict[Any, Callable[..., Value]] = {
     lax.add_p: add,
     lax.sub_p: sub,
     lax.neg_p: neg,

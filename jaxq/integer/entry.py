@@ -58,11 +58,11 @@ def _follow(
 
 def enter(x: jax.Array, job: Job, number: int) -> Coded:
     """Quantize an input to int8 codes: saturated; NaN is taken for zero."""
-    grid = job.grid(number)
-    scale, point = (s if s is None else s.reshape((1,) * x.ndim) for s in job.affine(number))
+    grid, own = job.grid(number), job.affine(number)
+    scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
     with jax.named_scope(ENTRY):
         known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
-        codes = affine.encode(job.quantizer(number), known, affine.Affine(scale, point))
+        codes = affine.encode(job.quantizer(number), known, affine.Affine(scale, zero))
     low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
     return Coded(_signed(codes), ones(grid.scale, x.ndim), low, high, grid.zero_point)
 

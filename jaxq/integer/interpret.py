@@ -5,7 +5,7 @@ in the program becomes integers or a line in `problems`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
 from jaxq.programs.sites import Path
 
-RULES = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
+RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
 # Of two values that are functions of one, these are integers all the same; other operations become part of a table.
 DIRECT = frozenset({lax.add_p, lax.sub_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
 
@@ -59,8 +59,9 @@ class Integers:
             return [Refused()] * len(eqn.outvars)
 
     def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
-        if all(isinstance(x, Constant) for x in operands) and not eqn.effects:
-            return _ahead(eqn, operands)
+        constants = [x for x in operands if isinstance(x, Constant)]
+        if len(constants) == len(operands) and not eqn.effects:
+            return _ahead(eqn, constants)
         if path in self.jobs:
             return [self.jobs[path].run(operands)]
         sub = jaxpr.subprogram(eqn)
@@ -77,8 +78,8 @@ class Integers:
         """Apply the rule of an ordinary equation."""
         if any(isinstance(x, Entry) for x in operands):
             raise Refusal(
-                "takes a float input that no site of the plan takes as it is, so that no range is known for it: do this "
-                "before the call, or give the program integers, such as pixels in uint8"
+                "takes a float input that no site of the plan takes as it is, so that no range is known for it: "
+                "do this before the call, or give the program integers, such as pixels in uint8"
             )
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
@@ -90,7 +91,7 @@ class Integers:
         if rule is None:
             raise Refusal("has no integer form, and takes more than one value: no table of 256 entries is it")
         result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
-        return result if line is None else dataclasses.replace(result, line=line)
+        return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
 
 
 def known(array: Any) -> Constant:

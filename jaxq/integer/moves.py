@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxq.integer.scales import constant, together, uniform
-from jaxq.integer.values import Coded, Constant, Line, Mapped, Plain, Refusal, Value, ones
+from jaxq.integer.values import Coded, Constant, Line, Mapped, Plain, Refusal, Value, ones, span
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -110,14 +111,9 @@ def concatenate(eqn: Eqn, *parts: Value) -> Coded:
     like, coded = joined[0], iter(joined)
     shapes = [v.aval.shape for v in eqn.invars]
     full = [constant(p, like) if isinstance(p, Constant) else next(coded) for p in parts]
-    codes = [
-        np.broadcast_to(c.codes, s) if isinstance(p, Constant) else c.codes
-        for p, c, s in zip(parts, full, shapes, strict=True)
-    ]
-    low, high = min(c.low.min() for c in full), max(c.high.max() for c in full)
-    rank = like.codes.ndim
-    ends = ones(low, rank, np.int64), ones(high, rank, np.int64)
-    return Coded(jaxpr.rebind(eqn, *codes)[0], like.scale, *ends, like.zero_point)
+    codes = [jnp.broadcast_to(c.codes, shape) for c, shape in zip(full, shapes, strict=True)]
+    ends = [ones(end, like.codes.ndim, np.int64) for end in span(full)]
+    return Coded(jaxpr.rebind(eqn, *codes)[0], like.scale, ends[0], ends[1], like.zero_point)
 
 
-RULES = {lax.pad_p: pad, lax.concatenate_p: concatenate}
+RULES: dict[object, Callable[..., Value]] = {lax.pad_p: pad, lax.concatenate_p: concatenate}

@@ -39,8 +39,9 @@ class Job:
         """Return the site's sums, wide, or rounded to its output's grid where the plan has one."""
         if self.obstacle:
             raise Refusal(self.obstacle)
-        left, right = (self.coded(n, x) for n, x in enumerate(operands[:2]))
-        acc = _sums(self.item.op, left, right, self.item.weight)
+        op, (left, right) = self.item.op, (self.coded(n, x) for n, x in enumerate(operands[:2]))
+        assert isinstance(op, Dot | Conv)
+        acc = _sums(op, left, right, self.item.weight)
         return acc if self.decision.out is None else narrowed(acc, self.grid(2))
 
     @functools.cached_property
@@ -97,18 +98,16 @@ class Job:
         """Return the scale and the zero point of a grid, on the host, of one number each."""
         op, quantizer = self.item.op, self.quantizer(number)
         rank = len(self.item.site.operands[number].shape) if number < 2 else len(self.item.site.out_shape)
-        zeros = jnp.zeros((1,) * rank, jnp.float32)
+        task = Task(op, (quantizer,) * 2, self.item.weight)
         with jax.ensure_compile_time_eval():
-            task = Task(op, (quantizer,) * 2, self.item.weight)
-            q = to_codes(task, min(number, 1), zeros, self.ranges[number])
-            return numbers.Affine(
-                np.asarray(q.real_scale()), None if q.zero_point is None else np.asarray(q.zero_point)
-            )
+            q = to_codes(task, min(number, 1), jnp.zeros((1,) * rank, jnp.float32), self.ranges[number])
+            return numbers.Affine(q.real_scale(), q.zero_point)
 
     def _weight(self) -> Coded:
         if self.weight is None:
             raise Refusal("multiplies by what is neither a parameter nor data: pass it as a parameter")
-        q = self.weight.plain()
+        with jax.ensure_compile_time_eval():
+            q = self.weight.plain()
         if any(q.scale.shape[axis] != 1 for axis in self.item.op.contracted[self.item.weight]):
             raise Refusal("has a weight with scales along the axis that is summed over: drop group=")
         codes = np.asarray(q.codes).astype(np.int64)
@@ -135,10 +134,9 @@ def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Code
     w, x = pair[weight], pair[1 - weight]
     if x.zero_point:
         acc = acc - _correction(op, pair, weight)
-    products = np.stack([w.low * int(end) for end in (x.low.min(), x.high.max(), 0)])
-    axes = op.contracted[weight]
-    ends = [to_output(op, pick(products, axis=0).sum(axes, keepdims=True), weight, ranks) for pick in (np.min, np.max)]
-    return wide(acc, scale, *ends)
+    products, axes = np.stack([w.low * int(end) for end in (x.low.min(), x.high.max(), 0)]), op.contracted[weight]
+    low, high = (pick(products, axis=0).sum(axes, keepdims=True) for pick in (np.min, np.max))
+    return wide(acc, scale, to_output(op, low, weight, ranks), to_output(op, high, weight, ranks))
 
 
 def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int) -> jax.Array:

@@ -88,8 +88,8 @@ def integer(f: Callable, plan: Plan, *, argnums: Argnums = 0) -> Callable[..., I
     """
     if not isinstance(plan, Plan):
         raise TypeError(
-            "an integer program needs static ranges: plan = jaxq.calibrate(f, jaxq.w8a8(static=True))(params, batches), "
-            f"then jaxq.integer(f, plan); got {plan!r}"
+            "an integer program needs static ranges: plan = jaxq.calibrate(f, jaxq.w8a8(static=True))(params, "
+            f"batches), then jaxq.integer(f, plan); got {plan!r}"
         )
 
     def built(*args, **kwargs) -> IntegerProgram:

@@ -5,13 +5,13 @@ not hold them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax import lax
 
 from jaxq.integer.scales import uniform, within
-from jaxq.integer.values import INT32, Coded, Plain, Refusal, ones, wide
+from jaxq.integer.values import INT32, Coded, Plain, Refusal, Value, wide
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -22,17 +22,16 @@ def _even(v: Coded, axes: Sequence[int]) -> Coded:
 
 
 def _summable(v: Coded, terms: int, axes: Sequence[int]) -> Coded:
-    v = _even(v, axes)
-    return within(v, INT32[1] // terms) if np.max(v.reach) * terms > INT32[1] else v
+    """Return int32 codes of which that many can be added up, with one scale along some axes."""
+    return within(_even(v, axes), INT32[1] // max(terms, 1))
 
 
 def total(eqn: Eqn, x: Coded) -> Coded:
     """Sum over axes."""
     axes = tuple(eqn.params["axes"])
-    terms = math.prod(x.codes.shape[a] for a in axes)
-    v = within(_even(x, axes), INT32[1] // max(terms, 1)) if x.is_narrow else _summable(x, terms, axes)
-    ends = [np.squeeze(_over(end, v, axes), axes) for end in (v.low, v.high)]
-    return wide(jaxpr.rebind(eqn, v.codes)[0], np.squeeze(v.scale, axes), *ends)
+    v = _summable(x, math.prod(x.codes.shape[a] for a in axes), axes)
+    low, high = (np.squeeze(_over(end, v, axes), axes) for end in (v.low, v.high))
+    return wide(jaxpr.rebind(eqn, v.codes)[0], np.squeeze(v.scale, axes), low, high)
 
 
 def _over(end: np.ndarray, v: Coded, axes: Sequence[int]) -> np.ndarray:
@@ -57,12 +56,9 @@ def window_sum(eqn: Eqn, x: Coded) -> Coded:
     """Sum over windows; what is padded is zero, as the zero point is taken off first."""
     window, axes = _window(eqn)
     terms = math.prod(window)
-    v = within(_even(x, axes), INT32[1] // terms) if x.is_narrow else _summable(x, terms, axes)
-    low, high = np.minimum(v.low, 0) * terms, np.maximum(v.high, 0) * terms
-    low, high = (
-        end if end.size == v.scale.size else ones(pick, v.codes.ndim, np.int64)
-        for end, pick in ((low, low.min()), (high, high.max()))
-    )
+    v = _summable(x, terms, axes)
+    low, high = (end.min(tuple(axes), keepdims=True) for end in (v.low, -v.high))
+    low, high = np.minimum(low, 0) * terms, np.maximum(-high, 0) * terms
     return wide(jaxpr.rebind(eqn, v.codes)[0], v.scale, low, high)
 
 
@@ -90,7 +86,7 @@ def which(eqn: Eqn, x: Coded) -> Plain:
     return Plain(jaxpr.rebind(eqn, _even(x, tuple(eqn.params["axes"])).codes)[0])
 
 
-RULES = {
+RULES: dict[object, Callable[..., Value]] = {
     lax.reduce_sum_p: total,
     lax.reduce_window_sum_p: window_sum,
     lax.reduce_window_max_p: window_maximum,

@@ -27,7 +27,7 @@ def widened(v: Coded) -> Coded:
 
 
 def refined(v: Coded) -> Coded:
-    """Return int32 codes in which a constant can be added to a narrow value without rounding it to the value's steps."""
+    """Return int32 codes, of a narrow value in steps so small that a constant can be added without much rounding."""
     if not v.is_narrow:
         return v
     w = widened(v)
@@ -50,7 +50,7 @@ def rescaled(v: Coded, scale: np.ndarray) -> Coded:
 def _multiplied(codes: jax.Array, ratio: np.ndarray) -> jax.Array:
     fractions, exponents = np.frexp(ratio)
     if np.all(fractions == 0.5) and np.all(np.abs(exponents - 1) <= 31):
-        return rescale(codes, _small(exponents - 1))
+        return rescale(codes, jnp.asarray(_small(exponents - 1)))
     mantissa, shift = quantize_multiplier(ratio)
     return requantize(codes, _small(mantissa), _small(shift), rounding=SINGLE)
 
@@ -72,7 +72,7 @@ def narrowed(v: Coded, affine: Affine) -> Coded:
     return Coded(codes, scale, low, high, zero)
 
 
-# --- one scale ---------------------------------------------------------------------------------------------------------
+# --- one scale -----------------------------------------------------------------------------------------------------
 
 
 def power_above(x: float) -> float:
@@ -101,8 +101,7 @@ def together(values: Sequence[Coded], extra: float = 0.0) -> list[Coded]:
 
 
 def within(v: Coded, reach: float) -> Coded:
-    """Return int32 codes of one scale between `-reach` and `reach`."""
-    v = uniform(v)
+    """Return int32 codes between `-reach` and `reach`: as they are, or of one coarser scale."""
     if np.max(v.reach) <= reach:
         return widened(v)
     return rescaled(v, ones(power_above(float(np.max(v.reach * v.scale)) / (reach - 1)), v.codes.ndim))

@@ -1,9 +1,9 @@
 """Any function of one int8 value as 256 codes: found by dataflow, built by running the user's own equations.
 
 Element by element, equations of one value and scalars compose to a function of it (`composed`), however often the value
-is used: `x * sigmoid(x)` is one function. It becomes a table when it is known on which grid its result is wanted. If the
-value is wide, it is rounded to 256 steps first, over the range that the *result* needs: outside of it no code of the
-result changes. So the range of a table's input is neither measured nor guessed.
+is used: `x * sigmoid(x)` is one function. It becomes a table when it is known on which grid its result is wanted. If
+the value is wide, it is rounded to 256 steps first, over the range that the *result* needs: outside of it no code of
+the result changes. So the range of a table's input is neither measured nor guessed.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +34,10 @@ POINTS = 2**14
 
 def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
     """Return an equation's result as a function of one value; None if it is not one."""
-    data = [x for x in operands if not isinstance(x, Constant)]
-    if eqn.primitive not in ELEMENTWISE or not all(isinstance(x, Coded | Mapped | Plain) for x in data):
-        return None
-    lines = [line_of(x) for x in data]
+    lines = [line_of(x) for x in operands if isinstance(x, Coded | Mapped | Plain)]
     constants = [x for x in operands if isinstance(x, Constant)]
+    if eqn.primitive not in ELEMENTWISE or len(lines) + len(constants) < len(operands):
+        return None
     if not lines or None in lines or any(line.root is not lines[0].root for line in lines):
         return None
     if any(c.array is None or c.reals.size != 1 for c in constants):
@@ -63,9 +62,9 @@ def _evaluate(line: Line, reals: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         raise Refusal("leaves a truth value of a table, which only a selection can take")
     values = values.astype(np.float64)
-    if np.isnan(values).any():
-        at = float(np.asarray(reals)[np.isnan(values)][0])
-        raise Refusal(f"is NaN at {at:.3g}, which its operand may reach: clip it first")
+    if not np.isfinite(values).all():
+        at, value = next((x, y) for x, y in zip(reals, values, strict=True) if not np.isfinite(y))
+        raise Refusal(f"is {value} at {at:.3g}, which its operand may reach: clip it first")
     return values
 
 

@@ -7,7 +7,7 @@ proved of the codes, `low <= codes - zero_point <= high`, from which every later
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +125,11 @@ def ones(x: Any, ndim: int, dtype: Any = np.float64) -> np.ndarray:
     return np.full((1,) * ndim, x, dtype)
 
 
+def span(values: Sequence[Coded]) -> tuple[int, int]:
+    """Return the bounds of values of one scale, zero points taken off."""
+    return min(int(v.low.min()) for v in values), max(int(v.high.max()) for v in values)
+
+
 def wide(codes: jax.Array, scale: np.ndarray, low: np.ndarray, high: np.ndarray, line: Line | None = None) -> Coded:
     """Return int32 codes; refuse them where their bounds do not prove that int32 holds them."""
     low, high = np.asarray(low, np.int64), np.asarray(high, np.int64)
@@ -133,8 +138,8 @@ def wide(codes: jax.Array, scale: np.ndarray, low: np.ndarray, high: np.ndarray,
     return Coded(codes, scale, low, high, 0, line)
 
 
-def line_of(value: Coded | Mapped | Plain) -> Line | None:
-    """Return what a value is a function of: itself, if of nothing else."""
+def line_of(value: Value) -> Line | None:
+    """Return what a value is a function of: codes of themselves, if of nothing else."""
     if isinstance(value, Coded) and value.line is None:
         return Line(value, lambda x: x)
-    return value.line
+    return value.line if isinstance(value, Coded | Mapped | Plain) else None
