@@ -115,6 +115,14 @@ def uniform(v):
     return rescaled(v, same(power_above(v.real_reach / 2**30), v.codes.ndim))
 
 
+def summable(v, terms):
+    """Shift down what int32 might not hold the sum of."""
+    reach = INT32[1] // terms
+    if v.reach.max() <= reach:
+        return v._replace(narrow=False)
+    return rescaled(v, same(power_above(v.real_reach / (reach - 1)), v.codes.ndim))
+
+
 def refined(v):
     return Held(v.codes << 16, v.scale / 2**16, v.low << 16, v.high << 16) if v.narrow else v
 
@@ -190,12 +198,14 @@ def max_pool(v, size):
 
 def sum_pool(v, size):
     terms = size * size
+    v = summable(v, terms)
     low, high = np.minimum(v.low, 0) * terms, np.maximum(v.high, 0) * terms
     return held(windows(v, size).sum((2, 4)), v.scale, low, high)
 
 
 def mean_over_space(v):
     terms = v.codes.shape[1] * v.codes.shape[2]
+    v = summable(v, terms)
     ends = [end.reshape(1, -1) * terms for end in (v.low, v.high)]
     return held(v.codes.sum((1, 2)), v.scale.reshape(1, -1) / terms, *ends)
 

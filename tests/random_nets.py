@@ -174,10 +174,10 @@ class Draw:
     def some(self, name, *shape, scale=1.0, mean=0.0):
         self.params[name] = jnp.asarray(self.rng.normal(mean, scale, shape), jnp.float32)
 
-    def conv(self, outputs, *, keep=False):
+    def conv(self, outputs, *, keep=False, groups=None):
         h, w, c = self.shape
         size = int(self.rng.choice([1, 3]))
-        groups = c if outputs == c and c > 1 and self.rng.random() < 0.3 else 1
+        groups = groups or (c if outputs == c and c > 1 and self.rng.random() < 0.3 else 1)
         stride = 1 if keep or min(h, w) < 4 else int(self.rng.integers(1, 3))
         side = size // 2 if keep or min(h, w) < size else int(self.rng.integers(0, size // 2 + 1))
         name = f"conv{len(self.params)}"
@@ -193,11 +193,16 @@ class Draw:
         return Step("dense", name)
 
     def channels(self):
-        """A bias or a BatchNorm in evaluation mode, gains of both signs among its channels."""
+        """A bias or a BatchNorm."""
         name, n = f"channel{len(self.params)}", self.shape[-1]
         if self.rng.random() < 0.5:
             self.some(name, n, scale=0.3)
             return Step("bias", name)
+        return self.norm()
+
+    def norm(self):
+        """A BatchNorm in evaluation mode, gains of both signs among its channels."""
+        name, n = f"channel{len(self.params)}", self.shape[-1]
         self.some(f"{name}_mean", n, scale=0.2)
         self.some(f"{name}_gain", n, scale=0.7, mean=0.7)
         self.some(f"{name}_shift", n, scale=0.3)

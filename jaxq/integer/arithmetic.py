@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import constant, power_above, refined, rescaled, together, widened, within
+from jaxq.integer.scales import constant, power_above, refined, rescaled, shifted, together, widened, within
 from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
@@ -202,7 +202,8 @@ def identity(eqn: Eqn, x):
     if high > INT32[1]:
         raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
     codes = lax.convert_element_type(array, jnp.int32)
-    return wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim), ones(high, codes.ndim))
+    v = wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64))
+    return shifted(v) if high < 2**8 else v
 
 
 COMPARISONS = frozenset(_ROUNDED)

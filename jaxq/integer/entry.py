@@ -61,10 +61,22 @@ def enter(x: jax.Array, job: Job, number: int) -> Coded:
     grid, own = job.grid(number), job.affine(number)
     scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
     with jax.named_scope(ENTRY):
+        x = _constant(x)
         known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
         codes = affine.encode(job.quantizer(number), known, affine.Affine(scale, zero))
     low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
     return Coded(_signed(codes), ones(grid.scale, x.ndim), low, high, grid.zero_point)
+
+
+@jax.custom_jvp
+def _constant(x: jax.Array) -> jax.Array:
+    """Return x, which nothing is to be differentiated by."""
+    return x
+
+
+@_constant.defjvp
+def _refuse(primals, tangents):
+    raise TypeError("an integer program has no derivative, and a gradient of zero would be wrong: train with jaxq.qat")
 
 
 def _signed(codes: jax.Array) -> jax.Array:

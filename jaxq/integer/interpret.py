@@ -89,7 +89,7 @@ class Integers:
         if line is not None and (waits or rule is None):
             return Mapped(line)
         if rule is None:
-            raise Refusal("has no integer form, and takes more than one value: no table of 256 entries is it")
+            raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
 

@@ -14,14 +14,15 @@ import numpy as np
 from jaxq.decisions.decision import Decision
 from jaxq.integer import tables
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import Affine, Coded, Mapped, Refusal, Value, ones, wide
-from jaxq.interpretation.numerics import Task, to_codes
+from jaxq.integer.values import Affine, Coded, Constant, Mapped, Refusal, Value, ones, wide
+from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, forms
 from jaxq.numbers import affine as numbers
 from jaxq.numbers.calibrators import Leaf
-from jaxq.numbers.formats import Fixed
+from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
+from jaxq.numbers.rounding import NearestAway, NearestEven, Saturate, Stochastic
 from jaxq.programs.ops import Conv, Dot
 from jaxq.programs.sites import Located
 
@@ -66,14 +67,14 @@ class Job:
         if _is_fixed_grid(quantizer):
             return ""
         return (
-            f"takes operand {number} with a scale from the data ({quantizer!r}): use a static one, "
-            "such as of jaxq.w8a8(static=True), and calibrate it"
+            f"takes operand {number} on a grid that is not fixed ({quantizer!r}): use one with a static scale, rounded "
+            "to nearest and saturated, such as of jaxq.w8a8(static=True), and calibrate it"
         )
 
     def coded(self, number: int, x: Value) -> Coded:
         """Return an operand in int8 codes on its grid; a weight as it was converted."""
         if number == self.item.weight:
-            return self._weight()
+            return self._weight(x)
         if isinstance(x, Mapped):
             return tables.looked_up(x.line, self.grid(number))
         if not isinstance(x, Coded):
@@ -103,11 +104,18 @@ class Job:
             q = to_codes(task, min(number, 1), jnp.zeros((1,) * rank, jnp.float32), self.ranges[number])
             return numbers.Affine(q.real_scale(), q.zero_point)
 
-    def _weight(self) -> Coded:
-        if self.weight is None:
-            raise Refusal("multiplies by what is neither a parameter nor data: pass it as a parameter")
+    def _closed_over(self, x: Value) -> QArray:
+        if not isinstance(x, Constant) or x.array is None:
+            raise Refusal("multiplies by a weight that is not there: start from float parameters")
+        operand = self.item.site.operands[self.item.weight]
+        whole = jnp.broadcast_to(jnp.asarray(x.array, operand.dtype), operand.shape)
+        task = Task(self.item.op, self.decision.quantizers, self.item.weight)
+        return weight_codes(task, whole, self.ranges[self.item.weight])
+
+    def _weight(self, x: Value) -> Coded:
+        """Return a weight as it was converted, or as it would be: of a closed-over array."""
         with jax.ensure_compile_time_eval():
-            q = self.weight.plain()
+            q = (self.weight or self._closed_over(x)).plain()
         if any(q.scale.shape[axis] != 1 for axis in self.item.op.contracted[self.item.weight]):
             raise Refusal("has a weight with scales along the axis that is summed over: drop group=")
         codes = np.asarray(q.codes).astype(np.int64)
@@ -115,9 +123,15 @@ class Job:
 
 
 def _is_fixed_grid(quantizer: Quantizer) -> bool:
-    """Tell whether a quantizer has one grid of int8 codes for all data."""
-    own = isinstance(quantizer.format, Fixed) or (quantizer.static and quantizer.per_tensor)
-    return own and quantizer.integer and quantizer.format.bits <= 8
+    """Tell whether a quantizer has one grid of int8 codes for all data, rounds to nearest and saturates."""
+    form = quantizer.format
+    if isinstance(form, Fixed):
+        return (
+            form.integer
+            and isinstance(form.rounding, NearestEven | NearestAway | Stochastic)
+            and isinstance(form.overflow, Saturate)
+        )
+    return quantizer.static and quantizer.per_tensor and isinstance(form, Int) and form.integer
 
 
 def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Coded:

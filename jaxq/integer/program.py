@@ -42,6 +42,9 @@ class IntegerProgram:
     params: tuple
     argnums: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        return f"IntegerProgram({len(self.plan.sites)} sites)"
+
     def __call__(self, *args, **kwargs) -> Any:
         """Run the program. Raises `ValueError` as `integer` does, for arguments that make it another program."""
         layout, leaves = take_apart(tuple(place(self.params, args, self.argnums)), kwargs, self.argnums)

@@ -28,10 +28,12 @@ def widened(v: Coded) -> Coded:
 
 def refined(v: Coded) -> Coded:
     """Return int32 codes, of a narrow value in steps so small that a constant can be added without much rounding."""
-    if not v.is_narrow:
-        return v
-    w = widened(v)
-    return wide(w.codes << FRACTION, w.scale / 2**FRACTION, w.low << FRACTION, w.high << FRACTION, v.line)
+    return shifted(widened(v)) if v.is_narrow else v
+
+
+def shifted(w: Coded) -> Coded:
+    """Return int32 codes in steps of 2^-16 of what they are."""
+    return wide(w.codes << FRACTION, w.scale / 2**FRACTION, w.low << FRACTION, w.high << FRACTION, w.line)
 
 
 def rescaled(v: Coded, scale: np.ndarray) -> Coded:
