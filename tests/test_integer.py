@@ -203,7 +203,7 @@ FUNCTIONS = {
     "hard_swish": jax.nn.hard_swish,
     "tanh": jnp.tanh,
     "exp": lambda x: jnp.exp(jnp.minimum(x, 1.0)),
-    "own": lambda x: jnp.where(x > 0, jnp.sqrt(jnp.abs(x) + 0.1), 0.1 * x * x),
+    "own": lambda x: jnp.where(x > 0, jnp.sqrt(jnp.abs(x) + 0.25) - 0.5, 0.1 * x * x),
 }
 
 

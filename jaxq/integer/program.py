@@ -12,12 +12,12 @@ from jaxq.integer.entry import enter, takers
 from jaxq.integer.interpret import Integers, finished, known
 from jaxq.integer.products import Job
 from jaxq.integer.values import Entry, Plain, Refusal, Refused, Value
-from jaxq.interpretation.arguments import Argnums, Layout, Static, place, take_apart
+from jaxq.interpretation.arguments import Argnums, Layout, Static, float_of, place, take_apart
 from jaxq.interpretation.convert import convert
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.transforms import check_observed
-from jaxq.interpretation.weights import sort_leaves
-from jaxq.numbers.qarray import is_converted
+from jaxq.interpretation.weights import site_weights
+from jaxq.numbers.qarray import QArray, is_converted
 from jaxq.programs import jaxpr
 from jaxq.programs.sites import Path
 
@@ -107,17 +107,18 @@ def integer(f: Callable, plan: Plan, *, argnums: Argnums = 0) -> Callable[..., I
     return built
 
 
-def _jobs(program: Program, layout: Layout, leaves: list) -> tuple[dict[Path, Job], list]:
-    """Return what the plan says of each site, and the arrays of the parameters."""
+def _jobs(program: Program, layout: Layout, leaves: list) -> dict[Path, Job]:
+    """Return what the plan says of each site."""
     with jax.ensure_compile_time_eval():
-        arrays, weights = sort_leaves(program, layout, leaves)
+        weights = site_weights(program, layout, leaves)
     quads = zip(program.analysis.located, program.decisions, program.all_ranges, strict=True)
-    jobs = {item.path: Job(item, d, r, weights.get(d.site.name)) for item, d, r in quads if not item.site.obstacle}
-    return jobs, arrays
+    return {item.path: Job(item, d, r, weights.get(d.site.name)) for item, d, r in quads if not item.site.obstacle}
 
 
 def _interpreted(program: Program, layout: Layout, leaves: list) -> list:
-    jobs, arrays = _jobs(program, layout, leaves)
+    jobs = _jobs(program, layout, leaves)
+    # What is codes is read by sites alone: nothing is decoded.
+    arrays = [None if isinstance(leaf, QArray) else float_of(leaf) for leaf in leaves]
     problems: list[str] = []
     values = Integers(jobs, problems).run(program.body, _arguments(program, layout, arrays, jobs))
     outs = [_left(value, v.aval, problems) for value, v in zip(values, program.body.jaxpr.outvars, strict=True)]
