@@ -4,6 +4,8 @@ A constant factor goes into the scale, its sign into the codes; a constant summa
 a BatchNorm after a convolution *is* folded: two additions in int32 for each element, nothing else.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import constant, power_above, refined, rescaled, shifted, together, widened, within
+from jaxq.integer.scales import constant, power_above, refined, rescaled, shifted, together, widened
 from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
+from jaxq.numbers.requantize import single_rounding
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -71,18 +74,24 @@ def neg(eqn: Eqn, a):
 
 
 def mul(eqn: Eqn, a, b) -> Coded:
-    """By a constant: its scale. Of two values: their codes, with thirty bits between them."""
+    """By a constant: its scale. Of two values: the product of 64 bits, shifted down to thirty."""
     del eqn
     if isinstance(a, Constant):
         a, b = b, a
     if isinstance(b, Constant):
         return scaled(a, _finite(b))
-    if a.is_narrow:
-        a, b = b, a
-    short = within(b, 2**15 if not b.is_narrow else float(b.reach.max()))
-    long = within(a, ROOM / float(short.reach.max()))
-    reach = long.reach * short.reach
-    return wide(long.codes * short.codes, long.scale * short.scale, -reach, reach)
+    a, b = widened(a), widened(b)
+    reach = float(a.reach.max()) * float(b.reach.max())
+    down = max(0, math.ceil(math.log2(reach / ROOM)))
+    codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
+    end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
+    return wide(codes, a.scale * b.scale * 2.0**down, -end, end)
+
+
+def square(eqn: Eqn, x: Coded) -> Coded:
+    """x * x."""
+    product = mul(eqn, x, x)
+    return dataclasses.replace(product, low=np.zeros_like(product.low))
 
 
 def div(eqn: Eqn, a, b) -> Coded:
@@ -213,6 +222,7 @@ RULES: dict[Any, Callable[..., Value]] = {
     lax.neg_p: neg,
     lax.mul_p: mul,
     lax.div_p: div,
+    lax.square_p: square,
     lax.max_p: maximum,
     lax.min_p: minimum,
     lax.clamp_p: clamp,

@@ -23,7 +23,7 @@ from jaxq.programs.sites import Path
 
 RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
 # Of two values that are functions of one, these are integers all the same; other operations become part of a table.
-DIRECT = frozenset({lax.add_p, lax.sub_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
+DIRECT = frozenset({lax.add_p, lax.sub_p, lax.mul_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.integer import arithmetic
 from jaxq.integer.scales import narrowed
 from jaxq.integer.values import INT8, Affine, Coded, Constant, Line, Mapped, Plain, Refusal, Value, line_of, ones
 from jaxq.programs import jaxpr
@@ -107,26 +108,53 @@ def _changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float
     return low, high
 
 
+# --- functions that nobody has a grid for ----------------------------------------------------------------------------
+
+
 def made(value: Mapped) -> Coded:
     """Return a function's codes on a grid of its own, where nobody who takes it has one.
 
-    Only where it is bounded: over four times the range it reaches no more than twice as far. What is proved of a sum is
-    much wider than what it holds, so that 256 steps over all that a function might be would be too coarse.
+    What is proved of a sum is much wider than what it holds, so that 256 steps over all that a function might be would
+    be too coarse. A bounded function has a grid all the same; one that grows like a line on either side (GELU, SiLU,
+    ELU) is that line, in int32, plus a bounded rest, which is the table.
     """
-    root = value.line.root
-    low, high = root.ends
-    reached = _span(value.line, low, high)
-    if not (root.is_narrow and root.scale.size == 1):
-        further = _span(value.line, 4 * low, 4 * high)
-        if further[1] - further[0] > 2 * (reached[1] - reached[0]):
-            raise Refusal(
-                "takes an unbounded function of a 32-bit sum, for which no range is known: have a product of "
-                "the plan take it as it is, or bound it"
-            )
-    scale = (reached[1] - reached[0]) / 255 or 1.0
-    return looked_up(value.line, Affine(scale, INT8[0] - int(np.rint(reached[0] / scale))))
+    line = value.line
+    if (line.root.is_narrow and line.root.scale.size == 1) or _is_bounded(line):
+        return _on_own_grid(line)
+    left, right = _slopes(line)
+    rest = Line(line.root, lambda x: line.of(x) - left * jnp.minimum(x, 0) - right * jnp.maximum(x, 0))
+    if not _is_bounded(rest):
+        raise Refusal(
+            "takes a function of a 32-bit sum, for which no range is known, and which is neither bounded nor grows "
+            "like a line: have a site of the plan take it as it is, or bound it"
+        )
+    zero = Constant(np.zeros(()))
+    below = arithmetic.scaled(arithmetic.minimum(None, line.root, zero), np.array(left))
+    above = arithmetic.scaled(arithmetic.maximum(None, line.root, zero), np.array(right))
+    straight = arithmetic.add(None, below, above) if left and right else below if left else above
+    return arithmetic.add(None, straight, _on_own_grid(rest))
 
 
-def _span(line: Line, low: float, high: float) -> tuple[float, float]:
-    values = _evaluate(line, np.linspace(low, high, POINTS))
+def _on_own_grid(line: Line) -> Coded:
+    low, high = _span(line)
+    scale = (high - low) / 255 or 1.0
+    return looked_up(line, Affine(scale, INT8[0] - int(np.rint(low / scale))))
+
+
+def _is_bounded(line: Line) -> bool:
+    """Tell whether a function reaches no more than twice as far over four times what its argument may be."""
+    (low, high), further = _span(line), _span(line, 4)
+    return further[1] - further[0] <= 2 * (high - low)
+
+
+def _span(line: Line, times: int = 1) -> tuple[float, float]:
+    """Return the smallest and the largest value of a function, zero included."""
+    values = _evaluate(line, times * np.linspace(*line.root.ends, POINTS))
     return min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+
+
+def _slopes(line: Line) -> tuple[float, float]:
+    """Return how fast a function grows far to the left and far to the right."""
+    far = max(map(abs, line.root.ends))
+    a, b, c, d = _evaluate(line, far * np.array([-2.0, -1.0, 1.0, 2.0]))
+    return float((b - a) / far), float((d - c) / far)
