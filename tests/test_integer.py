@@ -148,7 +148,8 @@ def after_sums(params, x):
         "min": -jnp.min(y, axis=0),
         "mean": jnp.mean(y, axis=-1),
         "joined": jnp.concatenate([y[:, :3], jnp.ones((x.shape[0], 1)), 2 - y[:, 3:]], axis=1),
-        "padded": jnp.pad(y, ((0, 0), (1, 2)), constant_values=0.5),
+        "padded": jnp.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + jnp.arange(11.0)[None],
+        "chosen": jnp.where(y > y.T[:1, :1], 2.0, -0.25),
         "product": y * y[::-1],
         "square": jnp.mean(jnp.square(y), axis=-1),
         "where": jnp.where(y > y.T[:1, :1], y, 0.25),
@@ -172,7 +173,8 @@ def test_what_follows_a_sum_is_exact_but_for_thirty_bits():
         "min": -y.min(0),
         "mean": y.mean(-1),
         "joined": np.concatenate([y[:, :3], np.ones((8, 1)), 2 - y[:, 3:]], 1),
-        "padded": np.pad(y, ((0, 0), (1, 2)), constant_values=0.5),
+        "padded": np.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + np.arange(11),
+        "chosen": np.where(y > y[0, 0], 2, -0.25),
         "product": y * y[::-1],
         "square": (y * y).mean(-1),
         "where": np.where(y > y[0, 0], y, 0.25),
@@ -288,6 +290,16 @@ def test_inputs_saturate_and_nan_enters_as_zero():
     with pytest.raises(TypeError, match="no derivative.*train with jaxq.qat"):
         jax.grad(lambda x: program(x).sum())(x)
     assert repr(program) == "IntegerProgram(1 sites)"
+
+
+def test_an_input_enters_on_a_grid_that_covers_all_its_sites():
+    def f(params, x):
+        return x[:, :2] @ params["w"][:2] + x @ params["v"]
+
+    params, x = {"w": jnp.eye(4), "v": jnp.eye(4)}, jnp.array([[0.5, -3.0, 8.0, -1.0]])
+    program = jaxq.integer(f, calibrated(f, params, x))(params, x)
+    assert_integer(program, x)
+    np.testing.assert_allclose(program(x), f(params, x), atol=0.05)
 
 
 def test_pixels_enter_as_they_are():

@@ -30,7 +30,7 @@ def _finite(c: Constant) -> np.ndarray:
     return reals
 
 
-def _shifted(v: Coded, c: Constant) -> Coded:
+def _plus(v: Coded, c: Constant) -> Coded:
     """v + c."""
     v, reals = refined(v), _finite(c)
     if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
@@ -57,7 +57,7 @@ def add(eqn: Eqn, a, b) -> Coded:
     if isinstance(a, Constant):
         a, b = b, a
     if isinstance(b, Constant):
-        return _shifted(a, b)
+        return _plus(a, b)
     a, b = together([a, b])
     return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
 
@@ -187,7 +187,7 @@ def select(eqn: Eqn, which, *cases) -> Coded:
         raise Refusal("selects by what is not a truth value")
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
-        raise Refusal("selects one of two constants by a value: no range is known for the result")
+        return _constants(eqn, which, cases)
     extra = max([float(np.max(np.abs(_finite(c)))) for c in cases if isinstance(c, Constant)], default=0.0)
     if extra > FAR * max(float(np.max(c.reach * c.scale)) for c in data):
         raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
@@ -198,6 +198,14 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     parts = [jnp.broadcast_to(c.codes, shape) for c in full]
     low, high = (ones(end, like.codes.ndim, np.int64) for end in span(full))
     return wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
+
+
+def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
+    """One of two constants: the first, and what the second has more where the truth value is one."""
+    if len(cases) != 2:
+        raise Refusal("selects one of several constants: select one of two at a time")
+    first, second = (_finite(c) for c in cases)
+    return _plus(scaled(identity(eqn, which), second - first), Constant(first))
 
 
 def identity(eqn: Eqn, x):

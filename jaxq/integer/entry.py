@@ -1,6 +1,7 @@
-"""Where the float inputs of a program become codes: at the call, on the grid of the first site that takes them.
+"""Where the float inputs of a program become codes: at the call, on the grid of the sites that take them.
 
-An input may be moved, cut, padded and pooled on its way to the site; the codes are, instead of it.
+An input may be moved, cut, padded and pooled on its way to the site; the codes are, in its place. Sites that took
+ranges of different parts of it share a grid that covers them all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.products import Job
-from jaxq.integer.values import Coded, ones
+from jaxq.integer.values import INT8, Affine, Coded, ones
 from jaxq.numbers import affine
+from jaxq.numbers.catalog import int8
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Inline, Remat
 from jaxq.programs.sites import Path
@@ -22,11 +24,11 @@ from jaxq.programs.sites import Path
 ENTRY, EXIT = "entry", "exit"
 KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
 
-Takers = dict[int, tuple[Path, int]]
+Takers = dict[int, list[tuple[Job, int]]]
 
 
 def takers(body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job]) -> Takers:
-    """Return for each numbered argument the site that takes it first, and as which operand."""
+    """Return for each numbered argument the sites that take it, and as which operand."""
     found: Takers = {}
     _follow(body, numbers, jobs, (), found)
     return found
@@ -45,8 +47,8 @@ def _follow(
         here, held = (*path, place), [number(v) for v in eqn.invars]
         if here in jobs:
             for n, argument in enumerate(held[:2]):
-                if argument is not None:
-                    found.setdefault(argument, (here, n))
+                if argument is not None and not jobs[here].obstacle:
+                    found.setdefault(argument, []).append((jobs[here], n))
             continue
         sub = jaxpr.subprogram(eqn)
         if isinstance(sub, Inline | CustomRule | Remat):
@@ -56,16 +58,30 @@ def _follow(
     return [number(v) for v in body.jaxpr.outvars]
 
 
-def enter(x: jax.Array, job: Job, number: int) -> Coded:
-    """Quantize an input to int8 codes: saturated; NaN is taken for zero."""
-    grid, own = job.grid(number), job.affine(number)
-    scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
+def enter(x: jax.Array, takers: Sequence[tuple[Job, int]]) -> Coded:
+    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero."""
+    grids = [job.grid(number) for job, number in takers]
+    (job, number), grid = takers[0], grids[0]
+    quantizer, own = job.quantizer(number), job.affine(number)
+    with jax.ensure_compile_time_eval():
+        if len(set(grids)) > 1:
+            quantizer, grid = int8(per_tensor=True, symmetric=False), _covering(grids)
+            own = affine.Affine(jnp.float32(grid.scale), jnp.int8(grid.zero_point))
+        scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
     with jax.named_scope(ENTRY):
         x = _constant(x)
         known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
-        codes = affine.encode(job.quantizer(number), known, affine.Affine(scale, zero))
+        codes = affine.encode(quantizer, known, affine.Affine(scale, zero))
     low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
     return Coded(_signed(codes), ones(grid.scale, x.ndim), low, high, grid.zero_point)
+
+
+def _covering(grids: Sequence[Affine]) -> Affine:
+    """Return one grid for all that several hold: zero is in each, and has a code."""
+    low = min((grid.low - grid.zero_point) * grid.scale for grid in grids)
+    high = max((grid.high - grid.zero_point) * grid.scale for grid in grids)
+    scale = float(np.float32((high - low) / (INT8[1] - INT8[0])))
+    return Affine(scale, int(np.clip(INT8[0] - np.rint(low / scale), *INT8)))
 
 
 @jax.custom_jvp

@@ -81,8 +81,8 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
     """Pad with the code of the number to be filled in: of zero, the zero point."""
     if not isinstance(filling, Constant):
         raise Refusal("pads with a value: only constants have an integer form")
-    config = eqn.params["padding_config"]
-    if any(n > 1 and config[axis] != (0, 0, 0) for axis, n in enumerate(x.scale.shape)):
+    padded = tuple(axis for axis, n in enumerate(eqn.params["padding_config"]) if n != (0, 0, 0))
+    if any(x.scale.shape[axis] > 1 for axis in padded):
         x = uniform(x)
     if x.is_narrow and np.any(filling.reals):
         (x,) = together([x], float(np.abs(filling.reals)))
@@ -90,13 +90,9 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
     if steps and x.scale.size > 1:
         raise Refusal("pads channels of different scales with another number than zero")
     code = x.codes.dtype.type(steps + x.zero_point)
-    return Coded(
-        jaxpr.rebind(eqn, x.codes, code)[0],
-        x.scale,
-        np.minimum(x.low, steps),
-        np.maximum(x.high, steps),
-        x.zero_point,
-    )
+    low, high = x.low.min(padded, keepdims=True), x.high.max(padded, keepdims=True)
+    ends = np.minimum(low, steps), np.maximum(high, steps)
+    return Coded(jaxpr.rebind(eqn, x.codes, code)[0], x.scale, ends[0], ends[1], x.zero_point)
 
 
 def concatenate(eqn: Eqn, *parts: Value) -> Coded:

@@ -138,8 +138,7 @@ def _arguments(program: Program, layout: Layout, arrays: list, jobs: dict[Path, 
             return known(arrays[n])
         if not floats[n]:
             return Plain(arrays[n])
-        path, number = found.get(n, ((), 0))
-        return enter(arrays[n], jobs[path], number) if path and not jobs[path].obstacle else Entry(arrays[n])
+        return enter(arrays[n], found[n]) if n in found else Entry(arrays[n])
 
     return [argument(n) for n in range(len(arrays))]
 
