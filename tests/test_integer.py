@@ -12,8 +12,8 @@ from jax import lax
 import integers
 import jaxq
 from inspection import assert_bitwise, traced
+from jaxq.integer.audit import check, floats
 from jaxq.integer.values import wide
-from jaxq.programs import jaxpr
 from random_nets import POLICIES, STATIC, Draw, Judge, Net, Step, drawn, grid
 from zoo import model
 
@@ -24,30 +24,10 @@ def calibrated(f, params, *batches, policy=ASYMMETRIC):
     return jaxq.calibrate(f, policy, progress=False)(params, batches)
 
 
-def here(eqn):
-    """Return an equation's parameters; of what differs by platform, this one's form only."""
-    platforms = eqn.params.get("branches_platforms")
-    if not platforms:
-        return eqn.params.values()
-    fits = [names is None or jax.default_backend() in names for names in platforms]
-    return [eqn.params["branches"][fits.index(True)]]
-
-
-def floats(body, around=()):
-    """Yield the operations on floats of a program, each with the name scopes around it."""
-    for eqn in body.jaxpr.eqns:
-        scopes = (*around, *jaxpr.scopes(eqn)[0])
-        inner = [jaxpr.as_body(p) for p in jaxpr.programs_in(here(eqn))]
-        for held in inner:
-            yield from floats(held, scopes)
-        if not inner and any(jaxpr.is_float(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-            yield eqn.primitive.name, scopes
-
-
 def assert_integer(program, *args):
     """Assert that a program has no float between its inputs' codes and its outputs'."""
-    between = [name for name, scopes in floats(traced(program, *args)) if not {"entry", "exit"} & set(scopes)]
-    assert between == []
+    found = [eqn.primitive.name for eqn in floats(traced(program, *args))]
+    assert found == []
 
 
 def judged(net, policy):
@@ -308,7 +288,7 @@ def test_pixels_enter_as_they_are():
 
     x = jnp.arange(0, 256, 8, dtype=jnp.uint8).reshape(8, 4)
     program = jaxq.integer(f, calibrated(f, LINEAR, x))(LINEAR, x)
-    assert {scope for _, scopes in floats(traced(program, x)) for scope in scopes} == {"exit"}
+    assert_integer(program, x)
     np.testing.assert_allclose(program(x), f(LINEAR, x), atol=4 / 255 * 0.51)
 
 
@@ -390,6 +370,22 @@ def test_all_problems_are_listed_at_once():
         "cumsum",
         "convert_element_type",
     ]
+
+
+def test_an_audit_finds_floats():
+    with pytest.raises(RuntimeError, match=r"2 operations of this integer program are float.*\n  tanh at"):
+        check(jax.make_jaxpr(lambda x: jax.jit(jnp.tanh)(x) > 0)(jnp.ones(2)))
+
+
+def test_arguments_that_are_no_arrays_are_static():
+    def f(params, x, twice, *, half):
+        return linear(params, x) * (2 if twice else 1) / (2 if half else 1)
+
+    x = jnp.array([[1.0, -1.0, 0.5, 0.25]])
+    plan = jaxq.calibrate(f, ASYMMETRIC, progress=False)(LINEAR, [(x, True)], half=False)
+    program = jaxq.integer(f, plan)(LINEAR, x, True, half=False)
+    assert_bitwise(program(x, True, half=False), 2 * program(x, False, half=False))
+    assert_bitwise(program(x, True, half=True), program(x, False, half=False))
 
 
 def test_codes_that_int32_may_not_hold_are_refused():

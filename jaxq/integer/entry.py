@@ -21,7 +21,7 @@ from jaxq.programs.jaxpr import Body, CustomRule, Inline, Remat
 from jaxq.programs.sites import Path
 
 # Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
-ENTRY, EXIT = "entry", "exit"
+ENTRY, EXIT = "jaxq_entry", "jaxq_exit"
 KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
 
 Takers = dict[int, list[tuple[Job, int]]]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxq.decisions.plan import Plan
+from jaxq.integer import audit
 from jaxq.integer.entry import enter, takers
 from jaxq.integer.interpret import Integers, finished, known
 from jaxq.integer.products import Job
@@ -47,9 +48,21 @@ class IntegerProgram:
 
     def __call__(self, *args, **kwargs) -> Any:
         """Run the program. Raises `ValueError` as `integer` does, for arguments that make it another program."""
+        return self._compiled(*self._call(args, kwargs))
+
+    def check(self, *args, **kwargs) -> "IntegerProgram":
+        """Return the program, traced for these arguments or their shapes and proved to hold no float.
+
+        Raises like `integer`, which has asked already for the arguments that it was given.
+        """
+        spec, data = self._call(args, kwargs)
+        audit.check(jax.make_jaxpr(functools.partial(self._run, spec))(data))
+        return self
+
+    def _call(self, args: tuple, kwargs: dict) -> tuple[Static, list]:
+        """Return what is static about a call, and its arrays."""
         layout, leaves = take_apart(tuple(place(self.params, args, self.argnums)), kwargs, self.argnums)
-        data = [leaf for leaf, weight in zip(leaves, layout.weights, strict=True) if weight is None]
-        return self._compiled(Static(layout), data)
+        return Static(layout), [leaf for leaf, weight in zip(leaves, layout.weights, strict=True) if weight is None]
 
     @functools.cached_property
     def _compiled(self) -> Callable:
@@ -101,8 +114,7 @@ def integer(f: Callable, plan: Plan, *, argnums: Argnums = 0) -> Callable[..., I
         params = tuple(args[n] for n in numbers)
         params = params if converted else convert(f, plan, argnums=numbers)(*args, **kwargs)
         program = IntegerProgram(f, plan, params, tuple(numbers))
-        jax.eval_shape(functools.partial(program, **kwargs), *(a for n, a in enumerate(args) if n not in numbers))
-        return program
+        return program.check(*(arg for n, arg in enumerate(args) if n not in numbers), **kwargs)
 
     return built
 
