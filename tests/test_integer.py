@@ -107,9 +107,9 @@ def test_a_residual_net_of_flax_has_no_float_inside():
     exact = net.fn(net.params, *net.args)
     other = jax.jit(jaxq.quantize(net.fn, plan))(net.params, *net.args)
     assert np.abs(out - exact).max() <= 1.5 * np.abs(other - exact).max()
-    # One program for every batch, exported too, and from converted parameters.
+    # One program for every batch, exported for every platform.
     shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 8, 8, 3), jnp.float32)
-    exported = jax.export.export(jax.jit(program))(shape)
+    exported = jax.export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(shape)
     assert_bitwise(exported.call(net.args[0][:2]), out[:2])
 
 
