@@ -111,11 +111,8 @@ def within(v: Coded, reach: float) -> Coded:
 
 def constant(c: Constant, like: Coded) -> Coded:
     """Return a constant in int32 codes of another value's scale, to nearest even."""
-    codes = (
-        np.rint(c.reals / like.scale)
-        if c.reals.ndim
-        else np.rint(np.full((1,) * like.codes.ndim, c.reals) / like.scale)
-    )
+    reals = c.reals if c.reals.ndim else ones(c.reals, like.codes.ndim)
+    codes = np.rint(reals / like.scale)
     if np.any(np.abs(codes) > INT32[1]):
         raise Refusal("adds a constant that int32 does not hold at the scale of the sum")
     codes = codes.astype(np.int64)
