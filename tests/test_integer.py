@@ -11,7 +11,7 @@ from jax import lax
 
 import integers
 import jaxq
-from inspection import assert_bitwise, traced
+from inspection import arrays, assert_bitwise, traced
 from jaxq.integer.audit import check, floats
 from jaxq.integer.values import wide
 from random_nets import POLICIES, STATIC, Draw, Judge, Net, Step, drawn, grid
@@ -111,6 +111,45 @@ def test_a_residual_net_of_flax_has_no_float_inside():
     shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 8, 8, 3), jnp.float32)
     exported = jax.export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(shape)
     assert_bitwise(exported.call(net.args[0][:2]), out[:2])
+
+
+ZOO = [
+    "mlp",
+    "lhs_weight",
+    "nnx_mlp",
+    "linen_vmap",
+    "nnx_vmap",
+    "lora",
+    "weight_norm",
+    "bfloat16_mlp",
+    "einsum3",
+    "jit_helper",
+    "linen_cnn_eval",
+    "nnx_cnn",
+    "depthwise_separable",
+    "grouped_conv",
+    "transposed_conv",
+    "dilated_conv",
+    "conv1d",
+    "conv3d",
+    "nchw_conv",
+    "remat",
+    "custom_jvp",
+    "custom_vjp",
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ZOO)
+def test_models_of_every_kind_have_no_float_inside(name):
+    net = model(name)
+    plan = calibrated(net.fn, net.params, net.args)
+    program = jaxq.integer(net.fn, plan)(net.params, *net.args)
+    assert_integer(program, *net.args)
+    exact, other = net.fn(net.params, *net.args), jax.jit(jaxq.quantize(net.fn, plan))(net.params, *net.args)
+    for a, b, c in zip(*map(arrays, (program(*net.args), exact, other)), strict=True):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        assert np.abs(a - b).max() <= 2 * np.abs(c - b).max()
 
 
 # --- what follows a sum is exact --------------------------------------------------------------------------------------
