@@ -83,7 +83,7 @@ class Integers:
             )
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
-        line, rule = tables.composed(eqn, operands), RULES.get(eqn.primitive)
+        line, rule = tables.composed(eqn, operands), _rule(eqn)
         data = [x for x in operands if not isinstance(x, Constant)]
         waits = any(isinstance(x, Mapped) for x in data) or (len(data) > 1 and eqn.primitive not in DIRECT)
         if line is not None and (waits or rule is None):
@@ -92,6 +92,13 @@ class Integers:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
+
+
+def _rule(eqn: Eqn) -> Callable[..., Value] | None:
+    """Return the rule of an equation, if it has one: of powers, the second is a product."""
+    if eqn.primitive is lax.integer_pow_p and eqn.params["y"] == 2:
+        return arithmetic.square
+    return RULES.get(eqn.primitive)
 
 
 def known(array: Any) -> Constant:
