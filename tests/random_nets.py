@@ -82,8 +82,6 @@ STEPS = {
     "flatten": lambda name, more, p, x: x.reshape(x.shape[0], -1),
     "residual": lambda name, more, p, x: x + _branch(more, p, x),
     "concat": lambda name, more, p, x: jnp.concatenate([x, _branch(more, p, x)], -1),
-    "tanh": lambda name, more, p, x: jnp.tanh(x),
-    "gelu": lambda name, more, p, x: jax.nn.gelu(x),
 }
 
 
