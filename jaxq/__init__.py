@@ -17,6 +17,8 @@ from jaxq.decisions.recipes import weight_only as weight_only
 from jaxq.decisions.resolve import revise as revise
 from jaxq.decisions.scheme import Backward as Backward
 from jaxq.decisions.scheme import Scheme as Scheme
+from jaxq.integer.program import IntegerProgram as IntegerProgram
+from jaxq.integer.program import integer as integer
 from jaxq.interpretation.calibrate import calibrate as calibrate
 from jaxq.interpretation.convert import convert as convert
 from jaxq.interpretation.transforms import make_plan as make_plan

@@ -15,7 +15,7 @@ import jaxq
 
 ROOT = pathlib.Path(jaxq.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-FLOORS = ["numbers", "programs", "decisions", "lowering", "interpretation", "measure", "io", "report", "cli"]
+FLOORS = ["numbers", "programs", "decisions", "lowering", "interpretation", "integer", "measure", "io", "report", "cli"]
 
 
 def _floor(path: pathlib.Path) -> int:

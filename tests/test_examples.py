@@ -19,6 +19,7 @@ from zoo.entry import drawn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import datasets
+import integer_only
 import train_qat
 from hlo import count_ops
 from models import MODELS, init_linen, init_nnx
@@ -280,6 +281,14 @@ def test_the_example_runs(tmp_path, capsys, options):
         assert counts["float_dots"] == counts["float_convs"] == 0
     printed = capsys.readouterr().out
     assert "conv_0" in printed and "latency of 64 images" in printed
+
+
+@pytest.mark.long
+def test_the_example_without_floats_runs(capsys):
+    result = integer_only.main(["--model", "resnet", "--epochs", "3"])
+    assert result["integer"]["as_int8"] > 0.99
+    assert abs(result["integer"]["accuracy"] - result["float"]["accuracy"]) < 0.01
+    assert "as float" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

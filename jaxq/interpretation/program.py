@@ -69,13 +69,18 @@ class Program:
         pairs = zip(self.analysis.located, self.decisions, strict=True)
         return Execute({item.path: decision for item, decision in pairs})
 
+    @property
+    def all_ranges(self) -> list[tuple[Leaf | None, ...]]:
+        """For each site the static ranges of its operands, its own or those of outputs, and of its quantized output."""
+        return [_all_ranges(*three) for three in zip(self.decisions, self.ranges, self.supplied, strict=True)]
+
     def channel(self, leaves: list, weights: dict[str, QArray], key: jax.Array | None) -> Channel:
         """Return what each site is given: its ranges, its converted weight if there is one, a key of its own.
 
         A static range says nothing of NaN in the data, which would pass for a number; so NaN in an input makes every
         static range NaN, and with it what comes out.
         """
-        ranges = [_all_ranges(*three) for three in zip(self.decisions, self.ranges, self.supplied, strict=True)]
+        ranges = self.all_ranges
         alarm = self.alarm(leaves, not weights) if jax.tree.leaves(ranges) else None
         keys = [None] * len(ranges) if key is None else jax.random.split(key, len(ranges))
         channel = {}

@@ -22,6 +22,11 @@ def sort_leaves(program: Program, layout: Layout, leaves: list) -> tuple[list, d
     """
     if not any(is_converted(leaf) for leaf in leaves):
         return leaves, {}
+    return [float_of(leaf) for leaf in leaves], site_weights(program, layout, leaves)
+
+
+def site_weights(program: Program, layout: Layout, leaves: list) -> dict[str, QArray]:
+    """Return the converted weight of each site. Raises like `sort_leaves`."""
     by_index = {i: leaf for leaf, i in zip(leaves, layout.weights, strict=True) if i is not None}
     weights: dict[str, QArray] = {}
     for item, decision in zip(program.analysis.located, program.decisions, strict=True):
@@ -32,7 +37,7 @@ def sort_leaves(program: Program, layout: Layout, leaves: list) -> tuple[list, d
         if codes is not None:
             weights[decision.site.name] = codes
     _check_strays(program, layout, leaves, weights)
-    return [float_of(leaf) for leaf in leaves], weights
+    return weights
 
 
 def _codes_for(item: Located, sources: list) -> QArray | None:

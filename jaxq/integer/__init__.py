@@ -1,0 +1,1 @@
+"""Whole programs in integers: from the codes of the inputs to the codes of the outputs."""

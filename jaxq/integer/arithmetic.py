@@ -1,0 +1,240 @@
+"""Sums, products with constants and with one another, maxima and comparisons, element by element.
+
+A constant factor goes into the scale, its sign into the codes; a constant summand is rounded to the sum's own scale. So
+a BatchNorm after a convolution *is* folded: two additions in int32 for each element, nothing else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.scales import constant, power_above, refined, rescaled, shifted, together, widened
+from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
+from jaxq.numbers.requantize import single_rounding
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Eqn
+
+# How much larger than a value a constant that takes its place may be: what is left of thirty bits is fifteen.
+FAR = 2.0**15
+
+
+def _finite(c: Constant) -> np.ndarray:
+    reals = c.reals
+    if not np.isfinite(reals).all():
+        raise Refusal("has a constant that is not finite")
+    return reals
+
+
+def _plus(v: Coded, c: Constant) -> Coded:
+    """v + c."""
+    v, reals = refined(v), _finite(c)
+    if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
+        total = float(np.max(v.reach * v.scale + np.abs(reals)))
+        v = rescaled(v, ones(power_above(total / ROOM), v.codes.ndim))
+    steps = constant(c, v)
+    return wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
+
+
+def scaled(v: Coded, factor: np.ndarray) -> Coded:
+    """v * factor: the scale times |factor|, the codes times its sign."""
+    scale = v.scale * np.where(factor == 0, 1.0, np.abs(factor))
+    if np.all(factor > 0):
+        return Coded(v.codes, scale, v.low, v.high, v.zero_point)
+    w = widened(v)
+    sign = np.sign(np.broadcast_to(factor, (1,) * w.codes.ndim) if factor.ndim == 0 else factor).astype(np.int64)
+    ends = np.minimum(w.low * sign, w.high * sign), np.maximum(w.low * sign, w.high * sign)
+    return wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends)
+
+
+def add(eqn: Eqn, a, b) -> Coded:
+    """Values of one scale, or together at one."""
+    del eqn
+    if isinstance(a, Constant):
+        a, b = b, a
+    if isinstance(b, Constant):
+        return _plus(a, b)
+    a, b = together([a, b])
+    return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
+
+
+def sub(eqn: Eqn, a, b) -> Coded:
+    """a + (-b)."""
+    return add(eqn, a, neg(eqn, b))
+
+
+def neg(eqn: Eqn, a):
+    """-a."""
+    del eqn
+    return Constant(-a.reals) if isinstance(a, Constant) else scaled(a, np.array(-1.0))
+
+
+def mul(eqn: Eqn, a, b) -> Coded:
+    """By a constant: its scale. Of two values: the product of 64 bits, shifted down to thirty."""
+    del eqn
+    if isinstance(a, Constant):
+        a, b = b, a
+    if isinstance(b, Constant):
+        return scaled(a, _finite(b))
+    a, b = widened(a), widened(b)
+    reach = float(a.reach.max()) * float(b.reach.max())
+    down = max(0, math.ceil(math.log2(reach / ROOM)))
+    codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
+    end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
+    return wide(codes, a.scale * b.scale * 2.0**down, -end, end)
+
+
+def square(eqn: Eqn, x: Coded) -> Coded:
+    """x * x."""
+    product = mul(eqn, x, x)
+    return dataclasses.replace(product, low=np.zeros_like(product.low))
+
+
+def div(eqn: Eqn, a, b) -> Coded:
+    """By a constant."""
+    if not isinstance(b, Constant):
+        raise Refusal("divides by a value: only constants and functions of one value have an integer form")
+    if not np.all(b.reals):
+        raise Refusal("divides by zero")
+    return mul(eqn, a, Constant(1 / b.reals))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def _limit(v: Coded, c: Constant) -> tuple[Coded, np.ndarray]:
+    """Return a value and the codes, int64, of a constant at its scale, saturated (infinity included)."""
+    if v.is_narrow and np.any(c.reals):
+        v = refined(v)
+    steps = np.rint(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
+    ends = (v.low.min(), v.high.max()) if v.is_narrow else INT32
+    return v, np.clip(steps, *ends).astype(np.int64)
+
+
+def _clamped(pick: Callable, bound: Callable) -> Callable:
+    """max and min: with a constant a clamp of codes, of two values one of their codes."""
+
+    def rule(eqn: Eqn, a, b) -> Coded:
+        del eqn
+        if isinstance(a, Constant):
+            a, b = b, a
+        if isinstance(b, Constant):
+            v, steps = _limit(a, b)
+            codes = pick(v.codes, jnp.asarray(steps + v.zero_point, v.codes.dtype))
+            return Coded(codes, v.scale, bound(v.low, steps), bound(v.high, steps), v.zero_point)
+        a, b = together([a, b])
+        return wide(pick(a.codes, b.codes), a.scale, bound(a.low, b.low), bound(a.high, b.high))
+
+    return rule
+
+
+maximum, minimum = _clamped(jnp.maximum, np.maximum), _clamped(jnp.minimum, np.minimum)
+
+
+def clamp(eqn: Eqn, low, x, high) -> Coded:
+    """min(max(x, low), high)."""
+    return minimum(eqn, maximum(eqn, x, low), high)
+
+
+def compare(eqn: Eqn, a, b) -> Plain:
+    """Codes of one scale; a constant is rounded to the step that gives the same answer for every code."""
+    if isinstance(a, Constant):
+        v, c, rounding = b, a, _ROUNDED[_TURNED[eqn.primitive]]
+    elif isinstance(b, Constant):
+        v, c, rounding = a, b, _ROUNDED[eqn.primitive]
+    else:
+        return Plain(jaxpr.rebind(eqn, *(v.codes for v in together([a, b])))[0])
+    v = widened(v)
+    steps = rounding(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
+    threshold = jnp.broadcast_to(jnp.asarray(np.clip(steps, *INT32), jnp.int32), v.codes.shape)
+    pair = (threshold, v.codes) if isinstance(a, Constant) else (v.codes, threshold)
+    return Plain(jaxpr.rebind(eqn, *pair)[0])
+
+
+def _exactly(steps: np.ndarray) -> np.ndarray:
+    """Return whole steps as they are; what lies between two of them equals no code, and is put where none is."""
+    return np.where(steps == np.rint(steps), steps, INT32[0])
+
+
+# code >= c is code >= ceil(c), code > c is code > floor(c).
+_ROUNDED: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
+    lax.ge_p: np.ceil,
+    lax.lt_p: np.ceil,
+    lax.gt_p: np.floor,
+    lax.le_p: np.floor,
+    lax.eq_p: _exactly,
+    lax.ne_p: _exactly,
+}
+_TURNED = {
+    lax.ge_p: lax.le_p,
+    lax.le_p: lax.ge_p,
+    lax.gt_p: lax.lt_p,
+    lax.lt_p: lax.gt_p,
+    lax.eq_p: lax.eq_p,
+    lax.ne_p: lax.ne_p,
+}
+
+
+def select(eqn: Eqn, which, *cases) -> Coded:
+    """One of several values, brought to one scale."""
+    if isinstance(which, Constant):
+        which = Plain(jnp.broadcast_to(jnp.asarray(which.array), eqn.invars[0].aval.shape))
+    if not isinstance(which, Plain):
+        raise Refusal("selects by what is not a truth value")
+    data = [c for c in cases if isinstance(c, Coded)]
+    if not data:
+        return _constants(eqn, which, cases)
+    extra = max([float(np.max(np.abs(_finite(c)))) for c in cases if isinstance(c, Constant)], default=0.0)
+    if extra > FAR * max(float(np.max(c.reach * c.scale)) for c in data):
+        raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
+    coded = together([refined(c) for c in data], extra)
+    like, rest = coded[0], iter(coded)
+    full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in cases]
+    shape = which.array.shape or like.codes.shape
+    parts = [jnp.broadcast_to(c.codes, shape) for c in full]
+    low, high = (ones(end, like.codes.ndim, np.int64) for end in span(full))
+    return wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
+
+
+def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
+    """One of two constants: the first, and what the second has more where the truth value is one."""
+    if len(cases) != 2:
+        raise Refusal("selects one of several constants: select one of two at a time")
+    first, second = (_finite(c) for c in cases)
+    return _plus(scaled(identity(eqn, which), second - first), Constant(first))
+
+
+def identity(eqn: Eqn, x):
+    """A change of type: of numbers that stand for themselves to codes of scale one, of codes to nothing else."""
+    if not jaxpr.is_float(eqn.outvars[0].aval):
+        raise Refusal("turns a real number into an integer, which depends on how it is rounded: leave it to the caller")
+    if isinstance(x, Coded):
+        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point)
+    dtype, array = x.array.dtype, x.array
+    low, high = (0, 1) if dtype == jnp.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    if high > INT32[1]:
+        raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
+    codes = lax.convert_element_type(array, jnp.int32)
+    v = wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64))
+    return shifted(v) if high < 2**8 else v
+
+
+COMPARISONS = frozenset(_ROUNDED)
+RULES: dict[Any, Callable[..., Value]] = {
+    lax.add_p: add,
+    lax.sub_p: sub,
+    lax.neg_p: neg,
+    lax.mul_p: mul,
+    lax.div_p: div,
+    lax.square_p: square,
+    lax.max_p: maximum,
+    lax.min_p: minimum,
+    lax.clamp_p: clamp,
+    **dict.fromkeys(_ROUNDED, compare),
+    lax.select_n_p: select,
+    lax.convert_element_type_p: identity,
+}

@@ -1,0 +1,112 @@
+"""Where the float inputs of a program become codes: at the call, on the grid of the sites that take them.
+
+An input may be moved, cut, padded and pooled on its way to the site; the codes are, in its place. Sites that took
+ranges of different parts of it share a grid that covers them all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.products import Job
+from jaxq.integer.values import INT8, Affine, Coded, ones
+from jaxq.numbers import affine
+from jaxq.numbers.catalog import int8
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Body, CustomRule, Inline, Remat
+from jaxq.programs.sites import Path
+
+# Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
+ENTRY, EXIT = "jaxq_entry", "jaxq_exit"
+KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
+
+Takers = dict[int, list[tuple[Job, int]]]
+
+
+def takers(body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job]) -> Takers:
+    """Return for each numbered argument the sites that take it, and as which operand."""
+    found: Takers = {}
+    _follow(body, numbers, jobs, (), found)
+    return found
+
+
+def _follow(
+    body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job], path: Path, found: Takers
+) -> list[int | None]:
+    """Add to `found`; return which argument each output is."""
+    env: dict[Any, int | None] = dict(zip(body.jaxpr.invars, numbers, strict=True))
+
+    def number(v: Any) -> int | None:
+        return None if isinstance(v, jaxpr.Literal) else env.get(v)
+
+    for place, eqn in enumerate(body.jaxpr.eqns):
+        here, held = (*path, place), [number(v) for v in eqn.invars]
+        if here in jobs:
+            for n, argument in enumerate(held[:2]):
+                if argument is not None and not jobs[here].obstacle:
+                    found.setdefault(argument, []).append((jobs[here], n))
+            continue
+        sub = jaxpr.subprogram(eqn)
+        if isinstance(sub, Inline | CustomRule | Remat):
+            env.update(zip(eqn.outvars, _follow(sub.body, held, jobs, (*here, 0), found), strict=True))
+        elif eqn.primitive in KEEPS:
+            env[eqn.outvars[0]] = held[0]
+    return [number(v) for v in body.jaxpr.outvars]
+
+
+def enter(x: jax.Array, takers: Sequence[tuple[Job, int]]) -> Coded:
+    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero."""
+    grids = [job.grid(number) for job, number in takers]
+    (job, number), grid = takers[0], grids[0]
+    quantizer, own = job.quantizer(number), job.affine(number)
+    with jax.ensure_compile_time_eval():
+        if len(set(grids)) > 1:
+            quantizer, grid = int8(per_tensor=True, symmetric=False), _covering(grids)
+            own = affine.Affine(jnp.float32(grid.scale), jnp.int8(grid.zero_point))
+        scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
+    with jax.named_scope(ENTRY):
+        x = _constant(x)
+        known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
+        codes = affine.encode(quantizer, known, affine.Affine(scale, zero))
+    low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
+    return Coded(_signed(codes), ones(grid.scale, x.ndim), low, high, grid.zero_point)
+
+
+def _covering(grids: Sequence[Affine]) -> Affine:
+    """Return one grid for all that several hold: zero is in each, and has a code."""
+    low = min((grid.low - grid.zero_point) * grid.scale for grid in grids)
+    high = max((grid.high - grid.zero_point) * grid.scale for grid in grids)
+    scale = float(np.float32((high - low) / (INT8[1] - INT8[0])))
+    return Affine(scale, int(np.clip(INT8[0] - np.rint(low / scale), *INT8)))
+
+
+@jax.custom_jvp
+def _constant(x: jax.Array) -> jax.Array:
+    """Return x, which nothing is to be differentiated by."""
+    return x
+
+
+@_constant.defjvp
+def _refuse(primals, tangents):
+    raise TypeError("an integer program has no derivative, and a gradient of zero would be wrong: train with jaxq.qat")
+
+
+def _signed(codes: jax.Array) -> jax.Array:
+    """Return int8 codes; unsigned ones move down by 128, which flips their first bit."""
+    if codes.dtype == jnp.int8:
+        return codes
+    return lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
+
+
+def leave(v: Coded, dtype: Any) -> jax.Array:
+    """Dequantize: `(codes - zero_point) * scale`, in float32."""
+    codes = v.codes
+    if v.zero_point:
+        codes = lax.convert_element_type(codes, jnp.int32) - np.int32(v.zero_point)
+    with jax.named_scope(EXIT):
+        reals = lax.convert_element_type(codes, jnp.float32) * jnp.asarray(v.scale, jnp.float32)
+        return lax.convert_element_type(reals, dtype)

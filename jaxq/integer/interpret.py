@@ -1,0 +1,163 @@
+"""The loop: one value for each variable, one rule for each primitive, and a list of what has none.
+
+What is computed from parameters alone is computed ahead, in float, while the program is traced. Whatever else is float
+in the program becomes integers or a line in `problems`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer import arithmetic, moves, reductions, tables
+from jaxq.integer.entry import leave
+from jaxq.integer.products import Job
+from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Value
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
+from jaxq.programs.sites import Path
+
+RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
+# Of two values that are functions of one, these are integers all the same; other operations become part of a table.
+DIRECT = frozenset({lax.add_p, lax.sub_p, lax.mul_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Integers:
+    """Runs a program in integers. jobs: what the plan says of each site, by path; problems: what could not be done."""
+
+    jobs: dict[Path, Job]
+    problems: list[str]
+
+    def run(self, body: Body, args: Sequence[Value], path: Path = ()) -> list[Value]:
+        """Return the values of a program's outputs."""
+        env: dict[Any, Value] = dict(zip(body.invars, [*map(known, body.consts), *args], strict=True))
+
+        def read(v: Any) -> Value:
+            return known(v.val) if isinstance(v, jaxpr.Literal) else env[v]
+
+        for number, eqn in enumerate(body.jaxpr.eqns):
+            with jaxpr.Context(eqn):
+                outs = self.step(eqn, [read(v) for v in eqn.invars], (*path, number))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in body.jaxpr.outvars]
+
+    def step(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
+        """Return the values of an equation's outputs; where it has no integer form, say so once."""
+        if any(isinstance(x, Refused) for x in operands):
+            return [Refused()] * len(eqn.outvars)
+        try:
+            return self.outputs(eqn, operands, path)
+        except Refusal as refusal:
+            name = f"site '{self.jobs[path].item.site.name}'" if path in self.jobs else eqn.primitive.name
+            line = jaxpr.source_line(eqn)
+            self.problems.append(f"{name}{f' at {line}' if line else ''} {refusal}")
+            return [Refused()] * len(eqn.outvars)
+
+    def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
+        constants = [x for x in operands if isinstance(x, Constant)]
+        if len(constants) == len(operands) and not eqn.effects:
+            return _ahead(eqn, constants)
+        if path in self.jobs:
+            return [self.jobs[path].run(operands)]
+        sub = jaxpr.subprogram(eqn)
+        if isinstance(sub, Inline | CustomRule | Remat):
+            return self.run(sub.body, operands, (*path, 0))
+        if sub is not None:
+            raise Refusal("has no integer form yet: write the loop or the branch out")
+        if _is_whole(eqn, operands):
+            arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
+            return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
+        return [_filled(eqn, self.ordinary(eqn, operands))]
+
+    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
+        """Apply the rule of an ordinary equation."""
+        if any(isinstance(x, Entry) for x in operands):
+            raise Refusal(
+                "takes a float input that no site of the plan takes as it is, so that no range is known for it: "
+                "do this before the call, or give the program integers, such as pixels in uint8"
+            )
+        if eqn.primitive in moves.MOVES:
+            return moves.move(eqn, operands[0])
+        line, rule = tables.composed(eqn, operands), _rule(eqn)
+        data = [x for x in operands if not isinstance(x, Constant)]
+        waits = any(isinstance(x, Mapped) for x in data) or (len(data) > 1 and eqn.primitive not in DIRECT)
+        if line is not None and (waits or rule is None):
+            return Mapped(line)
+        if rule is None:
+            raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
+        result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
+        return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
+
+
+def _rule(eqn: Eqn) -> Callable[..., Value] | None:
+    """Return the rule of an equation, if it has one: of powers, the second is a product."""
+    if eqn.primitive is lax.integer_pow_p and eqn.params["y"] == 2:
+        return arithmetic.square
+    return RULES.get(eqn.primitive)
+
+
+def known(array: Any) -> Constant:
+    """Return a constant, with ones for the axes along which all numbers are alike."""
+    if array is None or not hasattr(array, "dtype") or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return Constant(array if array is None or hasattr(array, "dtype") else np.asarray(array))
+    array = np.asarray(array)
+    for axis in range(array.ndim):
+        first = array[(slice(None),) * axis + (slice(0, 1),)]
+        if array.shape[axis] > 1 and np.array_equal(array, np.broadcast_to(first, array.shape)):
+            array = first
+    return Constant(array)
+
+
+def _ahead(eqn: Eqn, operands: Sequence[Constant]) -> Sequence[Constant]:
+    """Compute what depends on parameters alone, in float, on the host."""
+    if any(x.array is None for x in operands):
+        return [Constant(None)] * len(eqn.outvars)
+    if eqn.primitive is lax.broadcast_in_dim_p and len(operands) == 1:  # to a batch of any size
+        shape = [1] * len(eqn.params["shape"])
+        for axis, n in zip(eqn.params["broadcast_dimensions"], operands[0].array.shape, strict=True):
+            shape[axis] = n
+        return [Constant(operands[0].array.reshape(shape))]
+    pairs = zip(operands, eqn.invars, strict=True)
+    with jax.ensure_compile_time_eval():
+        return [known(y) for y in jaxpr.rebind(eqn, *(as_array(x, v.aval) for x, v in pairs))]
+
+
+def as_array(x: Value, aval: Any) -> jax.Array:
+    """Return an array as the program has it."""
+    if isinstance(x, Plain):
+        return x.array
+    assert isinstance(x, Constant)
+    plain = not hasattr(x.array, "dtype") or not jnp.issubdtype(x.array.dtype, jax.dtypes.extended)
+    return jnp.broadcast_to(jnp.asarray(x.array, aval.dtype), aval.shape) if plain else x.array
+
+
+def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:
+    """Tell whether an equation is about integers that stand for themselves."""
+    if not all(isinstance(x, Plain | Constant) for x in operands):
+        return False
+    return not any(jaxpr.is_float(v.aval) for v in (*eqn.invars, *eqn.outvars))
+
+
+def _filled(eqn: Eqn, value: Value) -> Value:
+    """Return codes of the shape that the program has: an operand with ones may have been the only array."""
+    shape = eqn.outvars[0].aval.shape
+    if isinstance(value, Coded) and value.codes.shape != shape:
+        return dataclasses.replace(value, codes=jnp.broadcast_to(value.codes, shape))
+    if isinstance(value, Plain) and value.array.shape != shape:
+        return dataclasses.replace(value, array=jnp.broadcast_to(value.array, shape))
+    return value
+
+
+def finished(value: Value, aval: Any) -> jax.Array:
+    """Return an output of the program in the type that it has: codes are dequantized."""
+    if isinstance(value, Constant):
+        return as_array(value, aval)
+    if isinstance(value, Coded | Mapped):
+        return leave(tables.made(value) if isinstance(value, Mapped) else value, aval.dtype)
+    assert isinstance(value, Plain | Entry)
+    return value.array

@@ -1,0 +1,187 @@
+"""Sites: int8 codes on the plan's grids, multiplied and summed in int32 by the kernels of the platform.
+
+What a sum can be is proved from the weight itself: for each output channel, the sum over its codes of the largest and
+the smallest product that each can make.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.decisions.decision import Decision
+from jaxq.integer import tables
+from jaxq.integer.scales import narrowed
+from jaxq.integer.values import Affine, Coded, Constant, Mapped, Refusal, Value, ones, wide
+from jaxq.interpretation.numerics import Task, to_codes, weight_codes
+from jaxq.lowering import SCALES, forms
+from jaxq.numbers import affine as numbers
+from jaxq.numbers.calibrators import Leaf
+from jaxq.numbers.formats import Fixed, Int
+from jaxq.numbers.qarray import QArray
+from jaxq.numbers.quantizers import Quantizer
+from jaxq.numbers.rounding import NearestAway, NearestEven, Saturate, Stochastic
+from jaxq.programs.ops import Conv, Dot
+from jaxq.programs.sites import Located
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A site with all that the plan knows of it. ranges: of its operands, then of its output."""
+
+    item: Located
+    decision: Decision
+    ranges: tuple[Leaf | None, ...]
+    weight: QArray | None
+
+    def run(self, operands: list[Value]) -> Coded:
+        """Return the site's sums, wide, or rounded to its output's grid where the plan has one."""
+        if self.obstacle:
+            raise Refusal(self.obstacle)
+        op, (left, right) = self.item.op, (self.coded(n, x) for n, x in enumerate(operands[:2]))
+        assert isinstance(op, Dot | Conv)
+        acc = _sums(op, left, right, self.item.weight)
+        return acc if self.decision.out is None else narrowed(acc, self.grid(2))
+
+    @functools.cached_property
+    def obstacle(self) -> str:
+        """Why this site has no integer form, and what would make one; empty if it has."""
+        site, decision = self.item.site, self.decision
+        if decision.scheme is None:
+            return f"stays float in the plan ({decision.reason}): give it a scheme such as jaxq.w8a8(static=True)"
+        if not isinstance(self.item.op, Dot | Conv) or site.stack:
+            return f"has no integer form yet: {site.op}{' inside a scan' if site.stack else ''}"
+        faults = (self._fault(n, quantizer) for n, quantizer in enumerate(decision.quantizers))
+        fault = next(filter(None, faults), "")
+        if not fault and decision.out is not None and not _is_fixed_grid(decision.out):
+            return f"puts out {decision.out!r}: use int8(per_tensor=True, calibrator=jaxq.minmax()) in Scheme(out=)"
+        return fault
+
+    def _fault(self, number: int, quantizer: Quantizer | None) -> str:
+        if quantizer is None or not quantizer.integer:
+            return f"takes operand {number} in {quantizer or 'float'}: only integers of up to 8 bits multiply"
+        if number == self.item.weight:
+            return "" if quantizer.symmetric else "has a weight with zero points: use a symmetric quantizer"
+        if _is_fixed_grid(quantizer):
+            return ""
+        return (
+            f"takes operand {number} on a grid that is not fixed ({quantizer!r}): use one with a static scale, rounded "
+            "to nearest and saturated, such as of jaxq.w8a8(static=True), and calibrate it"
+        )
+
+    def coded(self, number: int, x: Value) -> Coded:
+        """Return an operand in int8 codes on its grid; a weight as it was converted."""
+        if number == self.item.weight:
+            return self._weight(x)
+        if isinstance(x, Mapped):
+            return tables.looked_up(x.line, self.grid(number))
+        if not isinstance(x, Coded):
+            raise Refusal("multiplies what is not a quantized value")
+        return narrowed(x, self.grid(number))
+
+    def quantizer(self, number: int) -> Quantizer:
+        """Return the quantizer of an operand, or of the output: number 2."""
+        return self.decision.out if number == 2 else self.decision.quantizers[number]
+
+    def grid(self, number: int) -> Affine:
+        """Return the grid of an operand or of the output; unsigned codes move down by 128."""
+        quantizer, (scale, zero) = self.quantizer(number), self.affine(number)
+        if scale.size != 1:
+            raise Refusal(f"takes operand {number} with more than one scale: use per_tensor=True")
+        down = 128 if quantizer.format.storage == jnp.uint8 else 0
+        low, high = quantizer.bounds()
+        point = 0 if zero is None else int(np.asarray(zero).max())
+        return Affine(float(np.asarray(scale, np.float64).max()), point - down, low - down, high - down)
+
+    def affine(self, number: int) -> numbers.Affine:
+        """Return the scale and the zero point of a grid, on the host, of one number each."""
+        op, quantizer = self.item.op, self.quantizer(number)
+        rank = len(self.item.site.operands[number].shape) if number < 2 else len(self.item.site.out_shape)
+        task = Task(op, (quantizer,) * 2, self.item.weight)
+        with jax.ensure_compile_time_eval():
+            q = to_codes(task, min(number, 1), jnp.zeros((1,) * rank, jnp.float32), self.ranges[number])
+            return numbers.Affine(q.real_scale(), q.zero_point)
+
+    def _closed_over(self, x: Value) -> QArray:
+        if not isinstance(x, Constant) or x.array is None:
+            raise Refusal("multiplies by a weight that is not there: start from float parameters")
+        operand = self.item.site.operands[self.item.weight]
+        whole = jnp.broadcast_to(jnp.asarray(x.array, operand.dtype), operand.shape)
+        task = Task(self.item.op, self.decision.quantizers, self.item.weight)
+        return weight_codes(task, whole, self.ranges[self.item.weight])
+
+    def _weight(self, x: Value) -> Coded:
+        """Return a weight as it was converted, or as it would be: of a closed-over array."""
+        with jax.ensure_compile_time_eval():
+            q = (self.weight or self._closed_over(x)).plain()
+        if any(q.scale.shape[axis] != 1 for axis in self.item.op.contracted[self.item.weight]):
+            raise Refusal("has a weight with scales along the axis that is summed over: drop group=")
+        codes = np.asarray(q.codes).astype(np.int64)
+        return Coded(q.codes, np.asarray(q.scale, np.float64), codes, codes)
+
+
+def _is_fixed_grid(quantizer: Quantizer) -> bool:
+    """Tell whether a quantizer has one grid of int8 codes for all data, rounds to nearest and saturates."""
+    form = quantizer.format
+    if isinstance(form, Fixed):
+        return (
+            form.integer
+            and isinstance(form.rounding, NearestEven | NearestAway | Stochastic)
+            and isinstance(form.overflow, Saturate)
+        )
+    return quantizer.static and quantizer.per_tensor and isinstance(form, Int) and form.integer
+
+
+def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Coded:
+    """Return `sum (left - zero)(right - zero)` in int32, with its scale and its bounds."""
+    pair = (left, right)
+    ranks = (left.codes.ndim, right.codes.ndim)
+    acc = forms.sums(dataclasses.replace(op, precision=None), left.codes, right.codes)
+    scale = to_output(op, left.scale, 0, ranks) * to_output(op, right.scale, 1, ranks)
+    if weight is None:
+        terms = op.terms((left.codes.shape, right.codes.shape))
+        ends = np.stack([a * b for a in (left.low, left.high) for b in (right.low, right.high)])
+        low, high = (ones(terms * pick(ends, initial=0), acc.ndim, np.int64) for pick in (np.min, np.max))
+        return wide(_less_zero_points(op, acc, left, right), scale, low, high)
+    w, x = pair[weight], pair[1 - weight]
+    if x.zero_point:
+        acc = acc - _correction(op, pair, weight)
+    products, axes = np.stack([w.low * int(end) for end in (x.low.min(), x.high.max(), 0)]), op.contracted[weight]
+    low, high = (pick(products, axis=0).sum(axes, keepdims=True) for pick in (np.min, np.max))
+    return wide(acc, scale, to_output(op, low, weight, ranks), to_output(op, high, weight, ranks))
+
+
+def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int) -> jax.Array:
+    """Return what the zero point of an activation adds to the sums: a constant, as it is multiplied by weights alone.
+
+    It is computed where the image is: what a convolution pads is the code zero, and adds nothing.
+    """
+    x, side = pair[1 - weight], 1 - weight
+    free = set(op.free(side, x.codes.ndim)) if isinstance(op, Dot) else {op.lhs_spec[0]}
+    shape = [1 if axis in free else n for axis, n in enumerate(x.codes.shape)]
+    operands = [pair[0].codes, pair[1].codes]
+    with jax.ensure_compile_time_eval():
+        operands[side] = jnp.ones(shape, jnp.int8)
+        return np.int32(x.zero_point) * op.apply(*operands, out_dtype=jnp.int32)
+
+
+def _less_zero_points(op: Dot | Conv, acc: jax.Array, left: Coded, right: Coded) -> jax.Array:
+    if not (left.zero_point or right.zero_point):
+        return acc
+    if isinstance(op, Conv):
+        raise Refusal("convolves two values with zero points: use symmetric quantizers")
+    ranks, axes = (left.codes.ndim, right.codes.ndim), op.contract
+    sums = [jnp.sum(v.codes, a, dtype=jnp.int32, keepdims=True) for v, a in zip((left, right), axes, strict=True)]
+    terms = op.terms((left.codes.shape, right.codes.shape))
+    acc = acc - np.int32(right.zero_point) * SCALES[Dot](op, sums[0], 0, ranks)
+    acc = acc - np.int32(left.zero_point) * SCALES[Dot](op, sums[1], 1, ranks)
+    return acc + np.int32(terms * left.zero_point * right.zero_point)
+
+
+def to_output(op: Dot | Conv, s: np.ndarray, side: int, ranks: tuple[int, int]) -> np.ndarray:
+    """Return an array of an operand's scales, one on its contracted axes, as it broadcasts against the output."""
+    with jax.ensure_compile_time_eval():
+        where = SCALES[type(op)](op, jnp.arange(s.size, dtype=jnp.int32).reshape(s.shape), side, ranks)
+    return s.reshape(-1)[np.asarray(where)]

@@ -1,0 +1,231 @@
+"""Programs in integers, an operation at a time in NumPy int64: the judge of `jaxq.integer`. Nothing of jaxq or JAX.
+
+A value is `scale * codes`, zero points taken off, with what its codes can be. The rules are those that `jaxq/integer`
+states: sums keep their scale, constants are rounded to it, values of different scales meet at a power of two that
+leaves their sum thirty bits, and a site rounds what it takes to its own grid.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+import oracle
+
+INT32 = -(2**31), 2**31 - 1
+
+
+class Grid(NamedTuple):
+    """int8 codes: scale, zero point, the lowest and the highest code."""
+
+    scale: float
+    zero: int
+    low: int
+    high: int
+
+
+class Held(NamedTuple):
+    """codes: int64; scale, low, high: of the codes' rank; narrow: whether the codes are int8."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    narrow: bool = False
+
+    @property
+    def reach(self):
+        return np.maximum(np.maximum(-self.low, self.high), 1)
+
+    @property
+    def real_reach(self):
+        return float((self.reach * self.scale).max())
+
+
+def held(codes, scale, low, high, narrow=False):
+    """Make a value; its codes are within their bounds, and those within int32."""
+    value = Held(codes, scale, np.asarray(low), np.asarray(high), narrow)
+    assert (value.low <= codes).all() and (codes <= value.high).all()
+    assert value.low.min() >= INT32[0] and value.high.max() <= INT32[1]
+    return value
+
+
+def multiply(code, ratio):
+    """Return round(code * ratio) of Python integers: halves up, by a mantissa of 31 bits; halves away by a shift."""
+    fraction, exponent = math.frexp(ratio)
+    mantissa = math.floor(fraction * 2**31 + 0.5)
+    return (code * mantissa + (1 << (30 - exponent))) >> (31 - exponent)
+
+
+def shift(code, exponent):
+    """Return round(code * 2^exponent), halves away from zero."""
+    if exponent >= 0:
+        return code << exponent
+    half = 1 << (-exponent - 1)
+    return (abs(code) + half >> -exponent) * (1 if code >= 0 else -1)
+
+
+def rescaled(v, scale):
+    """Bring a value to another scale, saturated."""
+    ratio = np.broadcast_to(v.scale / scale, np.broadcast_shapes(v.scale.shape, scale.shape))
+    if (ratio == 1).all():
+        return v._replace(scale=scale, narrow=False)
+    powers = all(math.frexp(r)[0] == 0.5 for r in ratio.ravel())
+    each = (lambda c, r: shift(int(c), math.frexp(r)[1] - 1)) if powers else (lambda c, r: multiply(int(c), r))
+    codes = np.vectorize(each, otypes=[object])(v.codes, np.broadcast_to(ratio, v.codes.shape))
+    low, high = np.floor(v.low * ratio) - 1, np.ceil(v.high * ratio) + 1
+    clip = [np.clip(end, *INT32).astype(np.int64) for end in (codes, low, high)]
+    return held(clip[0], scale, clip[1], clip[2])
+
+
+def same(x, rank):
+    return np.full((1,) * rank, x)
+
+
+def narrowed(v, grid):
+    """Round to a grid of int8 codes."""
+    codes = rescaled(v, same(grid.scale, v.codes.ndim)).codes
+    ends = [same(end - grid.zero, v.codes.ndim) for end in (grid.low, grid.high)]
+    return held(np.clip(codes, ends[0], ends[1]), same(grid.scale, v.codes.ndim), *ends, narrow=True)
+
+
+def entered(x, grid):
+    """Quantize in float32, the way every program of jaxq does."""
+    inverse = np.float32(1) / (np.float32(grid.scale) * np.float32(0.25))
+    steps = np.rint(np.float32(x) * np.float32(0.25) * inverse).astype(np.int64)
+    ends = [same(end - grid.zero, x.ndim) for end in (grid.low, grid.high)]
+    return held(np.clip(steps, ends[0], ends[1]), same(grid.scale, x.ndim), *ends, narrow=True)
+
+
+def power_above(x):
+    return 2.0 ** math.ceil(math.log2(x))
+
+
+def together(values, extra=0.0):
+    total = sum(v.real_reach for v in values) + extra
+    scales = {float(v.scale.max()) for v in values}
+    if len(scales) == 1 and all(v.scale.size == 1 for v in values) and total / min(scales) <= 2**30:
+        return [v._replace(narrow=False) for v in values]
+    return [rescaled(v, same(power_above(total / 2**30), v.codes.ndim)) for v in values]
+
+
+def uniform(v):
+    if (v.scale == v.scale.max()).all():
+        return v._replace(scale=same(v.scale.max(), v.codes.ndim))
+    return rescaled(v, same(power_above(v.real_reach / 2**30), v.codes.ndim))
+
+
+def summable(v, terms):
+    """Shift down what int32 might not hold the sum of."""
+    reach = INT32[1] // terms
+    if v.reach.max() <= reach:
+        return v._replace(narrow=False)
+    return rescaled(v, same(power_above(v.real_reach / (reach - 1)), v.codes.ndim))
+
+
+def refined(v):
+    return Held(v.codes << 16, v.scale / 2**16, v.low << 16, v.high << 16) if v.narrow else v
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def dense(x, w, scale, grid):
+    """x @ w. w: codes [k, n]; scale: [1, n]."""
+    v = narrowed(x, grid)
+    ends = [np.minimum.reduce, np.maximum.reduce]
+    low, high = (pick([w * v.low.min(), w * v.high.max(), 0 * w]).sum(0, keepdims=True) for pick in ends)
+    return held(oracle.dot_general(v.codes, w, ((1,), (0,)), ((), ())), v.scale * scale, low, high)
+
+
+def conv(x, w, scale, grid, *, strides, padding, groups):
+    """Convolution of images [n, h, w, c] by [h, w, i, o]; scale: [1, 1, 1, o]."""
+    v = narrowed(x, grid)
+    specs = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    codes = oracle.conv_general_dilated(v.codes, w, strides, padding, (1, 1), (1, 1), specs, groups)
+    ends = [np.minimum.reduce, np.maximum.reduce]
+    low, high = (pick([w * v.low.min(), w * v.high.max(), 0 * w]).sum((0, 1, 2)).reshape(1, 1, 1, -1) for pick in ends)
+    return held(codes, v.scale * scale, low, high)
+
+
+def plus(v, c):
+    """v + c, the constant rounded to the scale of v."""
+    v = refined(v)
+    steps = np.rint(c / v.scale)
+    if (v.reach + np.abs(c / v.scale)).max() > INT32[1]:
+        v = rescaled(v, same(power_above(float((v.reach * v.scale + np.abs(c)).max()) / 2**30), v.codes.ndim))
+        steps = np.rint(c / v.scale)
+    steps = steps.astype(np.int64)
+    return held(v.codes + steps, v.scale, v.low + steps, v.high + steps)
+
+
+def times(v, c):
+    """v * c: the scale times |c|, the codes times its sign."""
+    sign, size = np.sign(c).astype(np.int64), np.where(c == 0, 1, np.abs(c))
+    low, high = np.minimum(v.low * sign, v.high * sign), np.maximum(v.low * sign, v.high * sign)
+    return held(v.codes * sign, v.scale * size, low, high, v.narrow and bool((c > 0).all()))
+
+
+def add(a, b):
+    a, b = together([a, b])
+    return held(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
+
+
+def concatenate(a, b):
+    a, b = together([a, b])
+    codes = np.concatenate([a.codes, b.codes], -1)
+    rank = codes.ndim
+    return held(codes, a.scale, same(min(a.low.min(), b.low.min()), rank), same(max(a.high.max(), b.high.max()), rank))
+
+
+def clamped(v, pick, c):
+    if v.narrow and c:
+        v = refined(v)
+    ends = (v.low.min(), v.high.max()) if v.narrow else INT32
+    steps = np.clip(np.rint(c / v.scale), *ends).astype(np.int64)
+    return held(pick(v.codes, steps), v.scale, pick(v.low, steps), pick(v.high, steps), v.narrow)
+
+
+def windows(v, size):
+    n, h, w, c = v.codes.shape
+    cut = v.codes[:, : h // size * size, : w // size * size]
+    return cut.reshape(n, h // size, size, w // size, size, c)
+
+
+def max_pool(v, size):
+    return v._replace(codes=windows(v, size).max((2, 4)))
+
+
+def sum_pool(v, size):
+    terms = size * size
+    v = summable(v, terms)
+    low, high = np.minimum(v.low, 0) * terms, np.maximum(v.high, 0) * terms
+    return held(windows(v, size).sum((2, 4)), v.scale, low, high)
+
+
+def mean_over_space(v):
+    terms = v.codes.shape[1] * v.codes.shape[2]
+    v = summable(v, terms)
+    ends = [end.reshape(1, -1) * terms for end in (v.low, v.high)]
+    return held(v.codes.sum((1, 2)), v.scale.reshape(1, -1) / terms, *ends)
+
+
+def flatten(v):
+    v = uniform(v)
+    ends = [same(end, 2) for end in (v.low.min(), v.high.max())]
+    return Held(v.codes.reshape(v.codes.shape[0], -1), same(v.scale.max(), 2), *ends, v.narrow)
+
+
+def table(v, grid, f, wanted):
+    """Look up f of an int8 value, of grid `grid`, in the codes of the grid `wanted`."""
+    codes = np.arange(-128, 128)
+    reals = f(np.float32(grid.scale * (codes - grid.zero))).astype(np.float64)
+    made = np.clip(np.rint(reals / wanted.scale), wanted.low - wanted.zero, wanted.high - wanted.zero).astype(np.int64)
+    used = made[grid.low + 128 : grid.high + 129]
+    ends = [same(end, v.codes.ndim) for end in (used.min(), used.max())]
+    return held(made[v.codes + grid.zero + 128], same(wanted.scale, v.codes.ndim), *ends, narrow=True)
+
+
+def left(v):
+    """Dequantize, float32."""
+    return v.codes.astype(np.float32) * v.scale.astype(np.float32)
