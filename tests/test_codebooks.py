@@ -282,3 +282,27 @@ def test_many_centroids_are_near_the_optimum_where_tails_are_heavy():
     found = lloyd.fit(x[None], 256, importance[None])
     best = squared_error(x, clustering.optimal(x, 256, importance), importance)
     assert best * (1 - 1e-6) <= squared_error(x, found, importance) < 1.003 * best
+
+
+def test_plans_with_tables_for_layers_come_back_from_json_and_run_compiled():
+    params = {"w": jax.random.normal(jax.random.key(3), (2, 8, 8))}
+    f = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    scheme = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.kmeans(8, calibrator=jaxq.minmax()))
+    plan = jaxq.calibrate(f, scheme, progress=False)(params, [X])
+    converted = jaxq.convert(f, plan)(params, X)
+    loaded = jaxq.Plan.from_json(plan.to_json())
+    want = jax.jit(jaxq.quantize(f, plan))(converted, X)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(f, loaded))(converted, X), want)
+
+
+@pytest.mark.parametrize("values", ["normal", "constant"])
+def test_the_coldest_gradient_is_the_mean_over_a_cluster(values):
+    w = weights(16, 4)["w"] if values == "normal" else jnp.full((16, 4), 3.0)
+    scheme = jaxq.weight_only(jaxq.kmeans(3, per_tensor=True, fit=jaxq.dkm(0.0)))
+    a = jax.random.normal(jax.random.key(1), w.shape)
+    g = jax.grad(lambda w: jnp.sum(a * jaxq.qat(lambda p, x: x @ p["w"], scheme)({"w": w}, jnp.eye(16))))(w)
+    decoded = np.asarray(jaxq.qat(lambda p, x: x @ p["w"], scheme)({"w": w}, jnp.eye(16)))
+    want = np.zeros(w.shape)
+    for value in np.unique(decoded):
+        want[decoded == value] = np.asarray(a, np.float64)[decoded == value].mean()
+    np.testing.assert_allclose(g, want, atol=1e-5)

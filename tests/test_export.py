@@ -98,27 +98,48 @@ def test_weights_beside_a_program_are_read_without_jaxq_and_can_be_others(tmp_pa
     artifact = jaxq.export(f, plan, first, X, False, inside=False, verify=(X, False))
     path, x = tmp_path / "model.stablehlo", tmp_path / "x.npy"
     artifact.save(path)
-    assert jaxq.load(path.with_suffix(".safetensors"))[1] == plan
+    assert jaxq.load(path.with_name("model.stablehlo.safetensors"))[1] == plan
     assert len(artifact.data) < 200_000 and artifact.about["inputs"] == ["float32[batch,4,4,4]"]
     want = [jax.jit(lambda p, x: jaxq.quantize(f, plan)(p, x, False))(q, X) for q in (first, second)]
     np.save(x, X)
-    command = [sys.executable, "-c", BESIDE, path, path.with_suffix(".safetensors"), x, tmp_path / "out.npz"]
+    command = [
+        sys.executable,
+        "-c",
+        BESIDE,
+        path,
+        path.with_name("model.stablehlo.safetensors"),
+        x,
+        tmp_path / "out.npz",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with np.load(tmp_path / "out.npz") as got:
         for name, array in want[0].items():
             np.testing.assert_array_equal(got[name], array)
-    jaxq.save(path.with_suffix(".safetensors"), second, plan)
+    jaxq.save(path.with_name("model.stablehlo.safetensors"), second, plan)
     got = jaxq.Artifact.load(path).call(X)
     np.testing.assert_array_equal(got["logits"], want[1]["logits"])
-    jaxq.save(path.with_suffix(".safetensors"), {**second, "head": second["head"].T}, plan)
-    with pytest.raises(jaxq.FileError, match=r"model\.safetensors: these are not the weights"):
+    jaxq.save(path.with_name("model.stablehlo.safetensors"), {**second, "head": second["head"].T}, plan)
+    with pytest.raises(jaxq.FileError, match=r"model\.stablehlo\.safetensors: these are not the weights"):
         jaxq.Artifact.load(path)
-    path.with_suffix(".safetensors").unlink()
-    with pytest.raises(jaxq.FileError, match=r"model\.safetensors: there is no such file"):
+    path.with_name("model.stablehlo.safetensors").unlink()
+    with pytest.raises(jaxq.FileError, match=r"model\.stablehlo\.safetensors: there is no such file"):
         jaxq.Artifact.load(path)
-    with pytest.raises(jaxq.FileError, match="is the suffix of the weights"):
-        artifact.save(tmp_path / "x.safetensors")
+
+
+def test_programs_side_by_side_have_weights_of_their_own(tmp_path):
+    """Also through links; parameters of 4 bits among them."""
+    params = [{"w": jnp.full((8, 4), n), "e": jnp.asarray([1, -2, 7], jnp.int4)} for n in (1.0, 2.0)]
+    g = lambda p, x: x @ p["w"] + p["e"].astype(jnp.float32).sum()  # noqa: E731
+    x = jnp.ones((2, 8))
+    plan = jaxq.make_plan(g, jaxq.w8a8())(params[0], x)
+    for n, p in enumerate(params):
+        jaxq.export(g, plan, jaxq.convert(g, plan)(p, x), x, inside=False).save(tmp_path / f"m.v{n}")
+    (tmp_path / "latest").symlink_to("m.v1")
+    for name, p in (("m.v0", params[0]), ("m.v1", params[1]), ("latest", params[1])):
+        np.testing.assert_array_equal(jaxq.Artifact.load(tmp_path / name).call(x), jaxq.qat(g, plan)(p, x))
+    with pytest.raises(TypeError, match="give the Plan"):
+        jaxq.export(g, jaxq.w8a8(), params[0], x, inside=False)
 
 
 def test_artifacts_say_who_can_read_them(exported):

@@ -18,7 +18,7 @@ from jaxq.numbers.scaling import Scaling
 from jaxq.programs import soundness
 from jaxq.programs.sites import Operand, Site
 
-VERSION = 1
+VERSION = 2
 RULES = (*typing.get_args(Calibrator), *typing.get_args(Fit), *typing.get_args(Scaling))
 TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
 

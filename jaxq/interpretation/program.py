@@ -158,8 +158,9 @@ def _alarmed(r: Leaf, alarm: jax.Array) -> Leaf:
         seen = r.count > 0
         r = r._replace(lo=jnp.where(seen, r.lo, jnp.min(r.lo)), hi=jnp.where(seen, r.hi, jnp.max(r.hi)))
         if r.table is not None:
-            most = r.table.reshape(-1, r.table.shape[-1])[jnp.argmax(r.count)]
-            r = r._replace(table=jnp.where(seen[..., None], r.table, jnp.broadcast_to(most, r.table.shape)))
+            table = jnp.asarray(r.table)
+            most = table.reshape(-1, table.shape[-1])[jnp.argmax(r.count)]
+            r = r._replace(table=jnp.where(seen[..., None], table, jnp.broadcast_to(most, table.shape)))
     return r._replace(hi=r.hi + alarm)
 
 

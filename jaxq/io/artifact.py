@@ -2,7 +2,7 @@
 
 A program is what `jax.export` serializes, followed by a line of JSON about it: the versions that can read it, its
 platforms, its arguments. `jax.export.deserialize` starts at the beginning and does not see the line. Weights beside it
-are in the file that `jaxq.save` writes, of the same name but for its suffix, and the program's first argument is the
+are in the file that `jaxq.save` writes, of the same name and `.safetensors`, and the program's first argument is the
 dict of that file's arrays: any reader of safetensors can give it them.
 """
 
@@ -45,7 +45,7 @@ class Artifact:
     weights: Container | None = dataclasses.field(default=None, repr=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the program to one file, and weights that are not inside it to `path` with the suffix `.safetensors`.
+        """Write the program to one file, and weights that are not inside it beside it: to `path` + `.safetensors`.
 
         What was there before stays whole until the new files are. Raises `FileError` where the system refuses.
         """
@@ -62,7 +62,7 @@ class Artifact:
 
         The file of weights beside it may be another model's of the same arrays: it is what runs.
         """
-        path = Path(path)
+        path = Path(os.path.realpath(path))
         data = safetensors.open_map(path).tobytes()
         program, mark, line = data.rpartition(MARK)
         try:
@@ -110,9 +110,7 @@ def _types(weights: Container) -> dict[str, str]:
 
 def _weights_path(path: Path) -> Path:
     """Return where the weights of a program are that has them beside it."""
-    if path.suffix == WEIGHTS:
-        raise FileError(path, f"{WEIGHTS} is the suffix of the weights beside a program; use {path.stem}.stablehlo")
-    return path.with_suffix(WEIGHTS)
+    return path.with_name(path.name + WEIGHTS)
 
 
 def _read_weights(path: Path, types: dict[str, str]) -> Container:

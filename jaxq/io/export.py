@@ -40,8 +40,8 @@ def export(
     False leaves the weights out of the program, which may take 2 GB: its first argument is then the dict of the arrays
     that `jaxq.save` writes, by name, and `Artifact.save` writes that file beside its own. verify: arguments to run the
     artifact on, a tuple or the one there is: it must give on the CPU what `quantize` gives, bit for bit, or
-    `ValueError` is raised. Raises `ValueError` for programs that change state, and JAX's errors for those that depend
-    on the size of the batch.
+    `ValueError` is raised. Raises `TypeError` for weights beside without a `Plan`, `ValueError` for programs that change
+    state, and JAX's errors for those that depend on the size of the batch.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}, jnp.ones((2, 4))
@@ -52,6 +52,8 @@ def export(
     >>> jaxq.export(f, plan, jaxq.convert(f, plan)(params, x), x, inside=False).about["weights"]
     {'w.scale': 'float32[1,4]', 'w.stored': 'int8[4,4]'}
     """
+    if not inside and not isinstance(plan, Plan):
+        raise TypeError("weights beside a program are saved with their plan: give the Plan that jaxq.make_plan returns")
     run = quantize(f, plan, argnums=argnums)
     shapes = _symbolic(args)
     dynamic = [n for n, arg in enumerate(args) if any(_is_array(leaf) for leaf in jax.tree.leaves(arg))]

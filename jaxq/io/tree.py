@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxq.decisions.plan import Plan
 from jaxq.interpretation.arguments import take_apart
@@ -36,6 +37,7 @@ BYTES = {
         jnp.float8_e8m0fnu,
     )
 }
+UNSIGNED = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}
 NAMED = BYTES | {dtype.name: dtype for dtype in DTYPES.values()}
 
 ARRAYS = ("stored", "scale", "zero_point", "table", "outer")  # of a QArray
@@ -232,10 +234,19 @@ def _read_dict(rest: Reading, items: list) -> dict:
 def _read_array(rest: Reading, name: str, dtype: str, shape: list) -> np.ndarray:
     array, wanted = rest.arrays.pop(name), NAMED[dtype]
     if array.dtype == np.uint8 and dtype in BYTES:
-        array = array.view(wanted)
+        array = _viewed(array, wanted)
     if array.dtype != wanted or list(array.shape) != shape:
         raise ValueError(f"array '{name}' is {array.dtype}{list(array.shape)} and should be {dtype}{shape}")
     return array
+
+
+def _viewed(array: Any, wanted: np.dtype) -> Any:
+    """Return the numbers that bytes stand for, one each: of an array, or of one that is being traced."""
+    if isinstance(array, np.ndarray):
+        return array.view(wanted)
+    info = jnp.iinfo if jnp.issubdtype(wanted, jnp.integer) else jnp.finfo
+    bits = lax.convert_element_type(array, UNSIGNED[info(wanted).bits])
+    return lax.bitcast_convert_type(bits, wanted)
 
 
 def _read_key(rest: Reading, impl: str, data: Json) -> jax.Array:

@@ -12,8 +12,8 @@ from jaxq.numbers.histogram import Histogram
 
 Grid = tuple[int, ...]
 
-# The least temperature of soft assignments, for values of about one.
-COLD = 1e-30
+# The least temperature of soft assignments, for values of about one: of anything colder rounding is all that is left.
+COLD = 1e-7
 
 
 def centroids(form: Codebook, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> jax.Array:

@@ -160,11 +160,12 @@ def _plane(stored: jax.Array, form: Format, width: int, number: int) -> jax.Arra
 def best_axis(shape: Sequence[int], form: Format) -> int | None:
     """Return the axis to pack along: the one that wastes least, and the last of those.
 
-    None where there is no axis, where a code fills a byte, and for vectors, which run along an axis of their own.
+    None where there is no axis or none gets shorter, and for vectors, which run along an axis of their own.
     """
     if not packs(form) or vector_length(form) > 1 or not shape or 0 in shape:
         return None
-    return min(range(len(shape)), key=lambda axis: (packed_length(shape[axis], form) / shape[axis], -axis))
+    best = min(range(len(shape)), key=lambda axis: (packed_length(shape[axis], form) / shape[axis], -axis))
+    return best if packed_length(shape[best], form) < shape[best] else None
 
 
 def _check(form: Format) -> None:
