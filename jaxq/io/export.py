@@ -40,8 +40,8 @@ def export(
     False leaves the weights out of the program, which may take 2 GB: its first argument is then the dict of the arrays
     that `jaxq.save` writes, by name, and `Artifact.save` writes that file beside its own. verify: arguments to run the
     artifact on, a tuple or the one there is: it must give on the CPU what `quantize` gives, bit for bit, or
-    `ValueError` is raised. Raises `TypeError` for weights beside without a `Plan`, `ValueError` for programs that change
-    state, and JAX's errors for those that depend on the size of the batch.
+    `ValueError` is raised. Raises `TypeError` for weights beside without a `Plan`, `ValueError` for programs that
+    change state, and JAX's errors for those that depend on the size of the batch.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.eye(4)}, jnp.ones((2, 4))
