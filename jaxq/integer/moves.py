@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.scales import constant, together, uniform
-from jaxq.integer.values import Coded, Constant, Line, Mapped, Plain, Refusal, Value, ones, span
+from jaxq.integer.values import Coded, Constant, Mapped, Plain, Refusal, Value, ones, span
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -55,7 +55,7 @@ def move(eqn: Eqn, x: Value) -> Value:
     if isinstance(x, Plain):
         return Plain(jaxpr.rebind(eqn, x.array)[0])
     if isinstance(x, Mapped):
-        return Mapped(Line(_moved(eqn, x.line.root), x.line.of))
+        return Mapped(x.line._replace(root=_moved(eqn, x.line.root)))
     assert isinstance(x, Coded)
     return _moved(eqn, x)
 

@@ -45,6 +45,7 @@ def rescaled(v: Coded, scale: np.ndarray) -> Coded:
     if np.any(ratio >= 2.0**31):
         raise Refusal("has a scale 2^31 times as large as the one it is to have")
     low, high = np.floor(w.low * ratio) - 1, np.ceil(w.high * ratio) + 1
+    low, high = np.where(w.low < 0, low, low.clip(0)), np.where(w.high > 0, high, high.clip(max=0))
     low, high = (np.clip(end, *INT32).astype(np.int64) for end in (low, high))
     return Coded(_multiplied(w.codes, ratio), scale, low, high, 0, w.line)
 

@@ -40,11 +40,12 @@ class Affine(NamedTuple):
 class Line(NamedTuple):
     """Where a value comes from, if it is a function of one other value, element by element: `value = of(root)`.
 
-    of: takes and gives arrays of real numbers; it runs the user's own equations.
+    of: takes and gives arrays of real numbers; it runs the user's own equations. name: of the last of them.
     """
 
     root: "Coded"
     of: Callable[[jax.Array], jax.Array]
+    name: str = "function"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
