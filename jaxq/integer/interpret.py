@@ -132,8 +132,8 @@ def as_array(x: Value, aval: Any) -> jax.Array:
     if isinstance(x, Plain):
         return x.array
     assert isinstance(x, Constant)
-    plain = not hasattr(x.array, "dtype") or not jnp.issubdtype(x.array.dtype, jax.dtypes.extended)
-    return jnp.broadcast_to(jnp.asarray(x.array, aval.dtype), aval.shape) if plain else x.array
+    plain = not hasattr(x.held, "dtype") or not jnp.issubdtype(x.held.dtype, jax.dtypes.extended)
+    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape) if plain else x.held
 
 
 def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:
