@@ -332,6 +332,54 @@ def test_pixels_enter_as_they_are():
     np.testing.assert_allclose(program(x), f(LINEAR, x), atol=4 / 255 * 0.51)
 
 
+INTEGERS = {
+    "half": lambda i: i.astype(jnp.float32) - 0.5,
+    "least": lambda i: jnp.minimum(i.astype(jnp.float32), 2.5),
+    "sum": lambda i: i.astype(jnp.float32).sum() + 0.25,
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_that_become_real_numbers_have_fractions_or_are_refused(name):
+    def f(params, i):
+        del params
+        return INTEGERS[name](i)
+
+    for dtype in (jnp.uint16, jnp.int16, jnp.int32):
+        i = jnp.arange(4, dtype=dtype)
+        plan = calibrated(f, LINEAR, i)
+        if dtype == jnp.int32:
+            with pytest.raises(ValueError, match=r"integers of 32 bits: give the program int16 or less"):
+                jaxq.integer(f, plan)(LINEAR, i)
+        else:
+            np.testing.assert_array_equal(jaxq.integer(f, plan)(LINEAR, i)(i), f(LINEAR, i))
+
+
+def test_zero_limits_codes_that_do_not_reach_it():
+    def f(params, x):
+        h = jnp.exp(jnp.clip(x @ params["w"], -1, 1)).reshape(-1, 2, 2).max(-1)  # above 0.36
+        return jnp.minimum(h, 0), jnp.maximum(-h, 0), jnp.maximum(h, 0) - h
+
+    static = jaxq.int8(**STATIC)
+    x = jnp.array([[0.5, -1.0, -2.0, -3.0]])
+    plan = calibrated(f, LINEAR, x, policy=jaxq.Scheme(jaxq.int8(), static, out=static))
+    for out in jaxq.integer(f, plan)(LINEAR, x)(x):
+        np.testing.assert_array_equal(out, 0)
+
+
+def test_an_image_of_weights_takes_kernels_with_zero_points():
+    def f(params, kernel):
+        return lax.conv_general_dilated(params["w"], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    rng = np.random.default_rng(8)
+    params, kernel = (
+        {"w": jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)},
+        jnp.asarray(rng.random((3, 3, 3, 4))),
+    )
+    program = jaxq.integer(f, calibrated(f, params, kernel))(params, kernel)
+    np.testing.assert_allclose(program(kernel), f(params, kernel), atol=0.1)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +407,10 @@ def truncated(params, x):
     return (x @ params["w"]).astype(jnp.int32)
 
 
+def counted(params, x):
+    return (jnp.tanh(x @ params["w"]) > 0.5).astype(jnp.int32).sum(-1)
+
+
 def unbounded(params, x):
     return jnp.mean((x @ params["w"]) ** 3, axis=-1)
 
@@ -370,6 +422,16 @@ REFUSED = [
     (logarithm, ASYMMETRIC, "site 'b' at .*clip it first"),
     (looped, ASYMMETRIC, "scan at .*write the loop"),
     (truncated, ASYMMETRIC, "convert_element_type at .*leave it to the caller"),
+    (counted, ASYMMETRIC, "convert_element_type at .*leave it to the caller"),
+    (
+        lambda p, x: jnp.round(jnp.tanh(x @ p["w"])).astype(int).sum(-1),
+        ASYMMETRIC,
+        "convert_element_type at .*leave it",
+    ),
+    (lambda p, x: jnp.pad(x @ p["w"], 1, constant_values=-jnp.inf), ASYMMETRIC, "pad .*not finite"),
+    (lambda p, x: jnp.pad(x @ p["w"], 1, constant_values=1e9), ASYMMETRIC, r"pad .*puts in 1e\+09, beside which"),
+    (lambda p, x: jnp.append(x @ p["w"], 1e9 + jnp.zeros((1, 4)), 0), ASYMMETRIC, r"concatenate .*puts in 1e\+09"),
+    (lambda p, x: jnp.maximum(x @ p["w"], jnp.nan), ASYMMETRIC, "max at .*is NaN"),
     (unbounded, ASYMMETRIC, "reduce_sum at .*takes integer_pow.*neither bounded nor"),
     (linear, jaxq.w8a8(), r"site 'w' at .*test_integer.py:\d+.*operand 0 on a grid that is not fixed .*calibrate it"),
     (linear, None, "site 'w' at .*stays float in the plan .no rule matches."),
@@ -455,6 +517,23 @@ def test_plans_without_ranges_are_refused():
         jaxq.integer(linear, ASYMMETRIC)
     with pytest.raises(ValueError, match=r"seen no data: w; run jaxq.calibrate"):
         jaxq.integer(linear, jaxq.make_plan(linear, ASYMMETRIC)(LINEAR, x))(LINEAR, x)
+
+
+def test_programs_are_built_outside_of_jit():
+    x = jnp.ones((2, 4))
+    plan = calibrated(linear, LINEAR, x)
+    with pytest.raises(TypeError, match="build it outside of jit"):
+        jax.jit(lambda params, x: jaxq.integer(linear, plan)(params, x)(x))(LINEAR, x)
+
+
+def test_weights_that_are_codes_are_not_put_out():
+    x = jnp.ones((2, 4))
+    plan = calibrated(linear, LINEAR, x)
+    qparams = jaxq.convert(linear, plan)(LINEAR, x)
+    with pytest.raises(
+        ValueError, match="an output reads a weight of which .* codes alone: take it from the parameters"
+    ):
+        jaxq.integer(lambda params, x: (linear(params, x), params["w"]), plan)(qparams, x)
 
 
 def test_all_problems_are_listed_at_once():

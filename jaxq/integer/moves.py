@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import constant, together, uniform
-from jaxq.integer.values import Coded, Constant, Mapped, Plain, Refusal, Value, ones, span
+from jaxq.integer.scales import beside, constant, refined, together, uniform
+from jaxq.integer.values import INT32, Coded, Constant, Mapped, Plain, Refusal, Value, ones, span
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -84,8 +84,9 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
     padded = tuple(axis for axis, n in enumerate(eqn.params["padding_config"]) if n != (0, 0, 0))
     if any(x.scale.shape[axis] > 1 for axis in padded):
         x = uniform(x)
-    if x.is_narrow and np.any(filling.reals):
-        (x,) = together([x], float(np.abs(filling.reals)))
+    extra = beside([x], [filling])
+    if extra and (x.is_narrow or extra / x.scale.max() > INT32[1]):
+        (x,) = together([refined(x)], extra)
     steps = np.rint(filling.reals / x.scale.max()).astype(np.int64)
     if steps and x.scale.size > 1:
         raise Refusal("pads channels of different scales with another number than zero")
@@ -102,8 +103,8 @@ def concatenate(eqn: Eqn, *parts: Value) -> Coded:
     if len(grids) == 1 and len(data) == len(parts) and False not in next(iter(grids)):
         joined = data
     else:
-        numbers = [float(np.max(np.abs(p.reals))) for p in parts if isinstance(p, Constant)]
-        joined = together(data, max(numbers, default=0.0))
+        constants = [p for p in parts if isinstance(p, Constant)]
+        joined = together([refined(p) for p in data] if constants else data, beside(data, constants))
     like, coded = joined[0], iter(joined)
     shapes = [v.aval.shape for v in eqn.invars]
     full = [constant(p, like) if isinstance(p, Constant) else next(coded) for p in parts]

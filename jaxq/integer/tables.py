@@ -49,6 +49,7 @@ def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
         return None
     if any(c.array is None or c.reals.size != 1 for c in constants):
         return None
+    arithmetic.check_real(eqn)
 
     def of(x: jax.Array) -> jax.Array:
         args = [_scalars(o, x) if isinstance(o, Constant) else line_of(o).of(x) for o in operands]
