@@ -184,7 +184,11 @@ _TURNED = {
 
 
 def select(eqn: Eqn, which, *cases) -> Coded:
-    """One of several values, brought to one scale."""
+    """One of several values, brought to one scale; where it is known which, that one."""
+    if isinstance(which, Constant) and which.reals.size == 1:
+        chosen = cases[int(which.reals.max())]
+        if isinstance(chosen, Coded):
+            return chosen
     if isinstance(which, Constant):
         which = Plain(jnp.broadcast_to(jnp.asarray(which.array), eqn.invars[0].aval.shape))
     if not isinstance(which, Plain):

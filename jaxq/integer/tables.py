@@ -36,7 +36,7 @@ POINTS = 2**14
 FEW, SOME = 4, 24
 # In how many of its steps a function may jump.
 JUMPS = 32
-NORMS = "Integer LayerNorm, RMSNorm and other norms are not there yet"
+NORMS = "Integer softmax, LayerNorm, RMSNorm and other norms are not there yet"
 
 
 def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
@@ -159,16 +159,22 @@ def _jumps(codes: Callable[[np.ndarray], np.ndarray], points: np.ndarray, steps:
 def _changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
     """Return the part of a range outside of which codes do not change."""
     for _ in range(8):
-        points = np.linspace(low, high, POINTS)
+        points = _points(low, high)
         seen = codes(points)
         differs = np.flatnonzero(seen != seen[0]), np.flatnonzero(seen != seen[-1])
         if not differs[0].size:
             return low, high
-        ends = points[max(differs[0][0] - 1, 0)], points[min(differs[1][-1] + 1, POINTS - 1)]
+        ends = points[max(differs[0][0] - 1, 0)], points[min(differs[1][-1] + 1, points.size - 1)]
         if ends[1] - ends[0] > 0.5 * (high - low):
             return float(ends[0]), float(ends[1])
         low, high = (float(end) for end in ends)
     return low, high
+
+
+def _points(low: float, high: float) -> np.ndarray:
+    """Return where a range is looked at, in order: evenly, and ever closer to zero."""
+    near = np.geomspace(1e-6, 1.0, POINTS // 16) * max(abs(low), abs(high))
+    return np.unique(np.concatenate([np.linspace(low, high, POINTS), near, -near, [0.0]]).clip(low, high))
 
 
 # --- functions that nobody has a grid for ----------------------------------------------------------------------------
@@ -195,12 +201,13 @@ def made(value: Mapped) -> Coded:
     below = arithmetic.scaled(arithmetic.minimum(None, line.root, zero), np.array(left))
     above = arithmetic.scaled(arithmetic.maximum(None, line.root, zero), np.array(right))
     straight = arithmetic.add(None, below, above) if left and right else below if left else above
-    return arithmetic.add(None, straight, _on_own_grid(rest, SOME))
+    return arithmetic.add(None, straight, _on_own_grid(rest, SOME, _far(line) * 2.0**-25))
 
 
-def _on_own_grid(line: Line, few: int = FEW) -> Coded:
+def _on_own_grid(line: Line, few: int = FEW, finest: float = 0.0) -> Coded:
+    """Return a function's codes in 255 steps of what it may be; finest: the steps below which it is float rounding."""
     low, high = _span(line)
-    scale = (high - low) / 255 or 1.0
+    scale = max((high - low) / 255, finest) or 1.0
     return looked_up(line, Affine(scale, INT8[0] - int(np.rint(low / scale))), few)
 
 
@@ -210,18 +217,24 @@ def _is_bounded(line: Line) -> bool:
     What is left of float rounding, beside the argument, does not count.
     """
     (low, high), further = _span(line), _span(line, 4)
-    noise = 1e-5 * max(map(abs, line.root.ends))
+    noise = 1e-5 * _far(line)
     return further[1] - further[0] <= 2 * (high - low) + noise
 
 
 def _span(line: Line, times: int = 1) -> tuple[float, float]:
     """Return the smallest and the largest value of a function, zero included."""
-    values = _evaluate(line, times * np.linspace(*line.root.ends, POINTS))
+    low, high = line.root.ends
+    values = _evaluate(line, _points(times * low, times * high))
     return min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+
+
+def _far(line: Line) -> float:
+    """Return the largest size of a function's argument."""
+    return max(map(abs, line.root.ends))
 
 
 def _slopes(line: Line) -> tuple[float, float]:
     """Return how fast a function grows far to the left and far to the right."""
-    far = max(map(abs, line.root.ends))
+    far = _far(line)
     a, b, c, d = _evaluate(line, far * np.array([-2.0, -1.0, 1.0, 2.0]))
     return float((b - a) / far), float((d - c) / far)
