@@ -167,6 +167,8 @@ def after_sums(params, x):
         "min": -jnp.min(y, axis=0),
         "mean": jnp.mean(y, axis=-1),
         "joined": jnp.concatenate([y[:, :3], jnp.ones((x.shape[0], 1)), 2 - y[:, 3:]], axis=1),
+        "stacked": jnp.stack([jnp.split(y, [3], axis=1)[1], y[:, :5] * params["b"][:, :5]], 1),
+        "tiled": jnp.tile(y * params["b"], (1, 2)),
         "padded": jnp.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + jnp.arange(11.0)[None],
         "chosen": jnp.where(y > y.T[:1, :1], 2.0, -0.25),
         "product": y * y[::-1],
@@ -183,7 +185,7 @@ def test_what_follows_a_sum_is_exact_but_for_thirty_bits():
     program = jaxq.integer(after_sums, calibrated(after_sums, params, x))(params, x)
     outs = {name: np.asarray(y, np.float64) for name, y in program(x).items()}
     assert_integer(program, x)
-    y = outs["sums"]
+    y, b = outs["sums"], np.linspace(-1.0, 1.0, 8)
     around = np.pad(y.reshape(-1, 2, 2, 2), ((0, 0), (0, 1), (0, 1), (0, 0)))
     wanted = {
         "leaky": np.where(y >= 0, y, 0.01 * y),
@@ -192,6 +194,8 @@ def test_what_follows_a_sum_is_exact_but_for_thirty_bits():
         "min": -y.min(0),
         "mean": y.mean(-1),
         "joined": np.concatenate([y[:, :3], np.ones((8, 1)), 2 - y[:, 3:]], 1),
+        "stacked": np.stack([y[:, 3:], y[:, :5] * b[:5]], 1),
+        "tiled": np.tile(y * b, (1, 2)),
         "padded": np.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + np.arange(11),
         "chosen": np.where(y > y[0, 0], 2, -0.25),
         "product": y * y[::-1],

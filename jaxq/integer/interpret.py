@@ -72,15 +72,17 @@ class Integers:
         if _is_whole(eqn, operands):
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
-        return [_filled(eqn, self.ordinary(eqn, operands))]
-
-    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
-        """Apply the rule of an ordinary equation."""
         if any(isinstance(x, Entry) for x in operands):
             raise Refusal(
                 "takes a float input that no site of the plan takes as it is, so that no range is known for it: "
                 "do this before the call, or give the program integers, such as pixels in uint8"
             )
+        if eqn.primitive is lax.split_p:
+            return moves.split(eqn, operands[0])
+        return [_filled(eqn, self.ordinary(eqn, operands))]
+
+    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
+        """Apply the rule of an ordinary equation."""
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
         line, rule = tables.composed(eqn, operands), _rule(eqn)
