@@ -167,6 +167,8 @@ def after_sums(params, x):
         "min": -jnp.min(y, axis=0),
         "mean": jnp.mean(y, axis=-1),
         "joined": jnp.concatenate([y[:, :3], jnp.ones((x.shape[0], 1)), 2 - y[:, 3:]], axis=1),
+        "stacked": jnp.stack([jnp.split(y, [3], axis=1)[1], y[:, :5] * params["b"][:, :5]], 1),
+        "tiled": jnp.tile(y * params["b"], (1, 2)),
         "padded": jnp.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + jnp.arange(11.0)[None],
         "chosen": jnp.where(y > y.T[:1, :1], 2.0, -0.25),
         "product": y * y[::-1],
@@ -183,7 +185,7 @@ def test_what_follows_a_sum_is_exact_but_for_thirty_bits():
     program = jaxq.integer(after_sums, calibrated(after_sums, params, x))(params, x)
     outs = {name: np.asarray(y, np.float64) for name, y in program(x).items()}
     assert_integer(program, x)
-    y = outs["sums"]
+    y, b = outs["sums"], np.linspace(-1.0, 1.0, 8)
     around = np.pad(y.reshape(-1, 2, 2, 2), ((0, 0), (0, 1), (0, 1), (0, 0)))
     wanted = {
         "leaky": np.where(y >= 0, y, 0.01 * y),
@@ -192,6 +194,8 @@ def test_what_follows_a_sum_is_exact_but_for_thirty_bits():
         "min": -y.min(0),
         "mean": y.mean(-1),
         "joined": np.concatenate([y[:, :3], np.ones((8, 1)), 2 - y[:, 3:]], 1),
+        "stacked": np.stack([y[:, 3:], y[:, :5] * b[:5]], 1),
+        "tiled": np.tile(y * b, (1, 2)),
         "padded": np.pad(y, ((0, 0), (1, 2)), constant_values=0.5) + np.arange(11),
         "chosen": np.where(y > y[0, 0], 2, -0.25),
         "product": y * y[::-1],
@@ -332,6 +336,54 @@ def test_pixels_enter_as_they_are():
     np.testing.assert_allclose(program(x), f(LINEAR, x), atol=4 / 255 * 0.51)
 
 
+INTEGERS = {
+    "half": lambda i: i.astype(jnp.float32) - 0.5,
+    "least": lambda i: jnp.minimum(i.astype(jnp.float32), 2.5),
+    "sum": lambda i: i.astype(jnp.float32).sum() + 0.25,
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_that_become_real_numbers_have_fractions_or_are_refused(name):
+    def f(params, i):
+        del params
+        return INTEGERS[name](i)
+
+    for dtype in (jnp.uint16, jnp.int16, jnp.int32):
+        i = jnp.arange(4, dtype=dtype)
+        plan = calibrated(f, LINEAR, i)
+        if dtype == jnp.int32:
+            with pytest.raises(ValueError, match=r"integers of 32 bits: give the program int16 or less"):
+                jaxq.integer(f, plan)(LINEAR, i)
+        else:
+            np.testing.assert_array_equal(jaxq.integer(f, plan)(LINEAR, i)(i), f(LINEAR, i))
+
+
+def test_zero_limits_codes_that_do_not_reach_it():
+    def f(params, x):
+        h = jnp.exp(jnp.clip(x @ params["w"], -1, 1)).reshape(-1, 2, 2).max(-1)  # above 0.36
+        return jnp.minimum(h, 0), jnp.maximum(-h, 0), jnp.maximum(h, 0) - h
+
+    static = jaxq.int8(**STATIC)
+    x = jnp.array([[0.5, -1.0, -2.0, -3.0]])
+    plan = calibrated(f, LINEAR, x, policy=jaxq.Scheme(jaxq.int8(), static, out=static))
+    for out in jaxq.integer(f, plan)(LINEAR, x)(x):
+        np.testing.assert_array_equal(out, 0)
+
+
+def test_an_image_of_weights_takes_kernels_with_zero_points():
+    def f(params, kernel):
+        return lax.conv_general_dilated(params["w"], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    rng = np.random.default_rng(8)
+    params, kernel = (
+        {"w": jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)},
+        jnp.asarray(rng.random((3, 3, 3, 4))),
+    )
+    program = jaxq.integer(f, calibrated(f, params, kernel))(params, kernel)
+    np.testing.assert_allclose(program(kernel), f(params, kernel), atol=0.1)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +411,10 @@ def truncated(params, x):
     return (x @ params["w"]).astype(jnp.int32)
 
 
+def counted(params, x):
+    return (jnp.tanh(x @ params["w"]) > 0.5).astype(jnp.int32).sum(-1)
+
+
 def unbounded(params, x):
     return jnp.mean((x @ params["w"]) ** 3, axis=-1)
 
@@ -370,7 +426,17 @@ REFUSED = [
     (logarithm, ASYMMETRIC, "site 'b' at .*clip it first"),
     (looped, ASYMMETRIC, "scan at .*write the loop"),
     (truncated, ASYMMETRIC, "convert_element_type at .*leave it to the caller"),
-    (unbounded, ASYMMETRIC, "reduce_sum at .*neither bounded nor"),
+    (counted, ASYMMETRIC, "convert_element_type at .*leave it to the caller"),
+    (
+        lambda p, x: jnp.round(jnp.tanh(x @ p["w"])).astype(int).sum(-1),
+        ASYMMETRIC,
+        "convert_element_type at .*leave it",
+    ),
+    (lambda p, x: jnp.pad(x @ p["w"], 1, constant_values=-jnp.inf), ASYMMETRIC, "pad .*not finite"),
+    (lambda p, x: jnp.pad(x @ p["w"], 1, constant_values=1e9), ASYMMETRIC, r"pad .*puts in 1e\+09, beside which"),
+    (lambda p, x: jnp.append(x @ p["w"], 1e9 + jnp.zeros((1, 4)), 0), ASYMMETRIC, r"concatenate .*puts in 1e\+09"),
+    (lambda p, x: jnp.maximum(x @ p["w"], jnp.nan), ASYMMETRIC, "max at .*is NaN"),
+    (unbounded, ASYMMETRIC, "reduce_sum at .*takes integer_pow.*neither bounded nor"),
     (linear, jaxq.w8a8(), r"site 'w' at .*test_integer.py:\d+.*operand 0 on a grid that is not fixed .*calibrate it"),
     (linear, None, "site 'w' at .*stays float in the plan .no rule matches."),
     (linear, jaxq.weight_only(), "site 'w' at .*operand 0 in float"),
@@ -388,12 +454,104 @@ def test_what_has_no_integer_form_is_named(f, policy, message):
         jaxq.integer(f, plan)(LINEAR, x)
 
 
+def layer_norm(h):
+    centered = h - h.mean(-1, keepdims=True)
+    return centered * lax.rsqrt(jnp.mean(centered**2, -1, keepdims=True) + 1e-5)
+
+
+FAST = {
+    "layer_norm": layer_norm,
+    "rms_norm": lambda h: h * lax.rsqrt(jnp.maximum(jnp.mean(h * h, -1, keepdims=True), 1e-6)),
+    "sine": lambda h: jnp.sin(3 * h),
+    "sine_of_a_site": lambda h: jnp.sin(3 * h) @ jnp.eye(4),
+    "root": lambda h: jnp.sqrt(jnp.abs(h)),
+    "logarithm": lambda h: jnp.log1p(jnp.abs(h)),
+    "sawtooth": lambda h: h % 1.0,
+    "deviation": lambda h: h.std(-1),
+    "peak": lambda h: jnp.exp(-jnp.square(1e4 * h)),
+}
+WIDE, DATA = {"w": jnp.asarray(np.random.default_rng(6).normal(size=(512, 4)), jnp.float32)}, jnp.ones((2, 512))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_functions_that_change_within_a_step_of_a_table_are_refused(name):
+    def f(params, x):
+        return FAST[name](x @ params["w"])
+
+    plan = calibrated(f, WIDE, DATA)
+    with pytest.raises(
+        ValueError, match=r"takes \w+.* Integer softmax, LayerNorm, RMSNorm and other norms are not there yet"
+    ):
+        jaxq.integer(f, plan)(WIDE, DATA)
+
+
+def test_what_is_float_rounding_beside_a_line_does_not_count():
+    def f(params, x):
+        h = x @ params["w"]
+        return h, jax.nn.gelu(100 * h) / 100
+
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(8, 512)), jnp.float32)
+    h, out = jaxq.integer(f, calibrated(f, WIDE, x))(WIDE, x)(x)
+    np.testing.assert_allclose(out, jax.nn.relu(h), atol=3e-3)
+
+
+def test_a_table_is_asked_only_for_what_its_argument_may_be():
+    def f(params, x):
+        return jnp.sqrt(jax.nn.relu(x @ params["w"]).max(-1))
+
+    grid8 = jaxq.int8(**STATIC)
+    x = jnp.array([[0.5, -1.0, 2.0, -3.0], [1.0, 3.0, -2.0, 0.25]])
+    program = jaxq.integer(f, calibrated(f, LINEAR, x, policy=jaxq.Scheme(jaxq.int8(), grid8, out=grid8)))(LINEAR, x)
+    np.testing.assert_allclose(program(x), f(LINEAR, x), atol=0.02)
+
+
+def test_functions_that_jump_are_tables_all_the_same():
+    def f(params, x):
+        h = x @ params["w"]
+        return h, jnp.sign(h) @ jnp.eye(4), jnp.floor(4 * jnp.tanh(h)) @ jnp.eye(4)
+
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(64, 512)), jnp.float32)
+    h, *outs = jaxq.integer(f, calibrated(f, WIDE, x))(WIDE, x)(x)
+    for out, g in zip(outs, (jnp.sign, lambda h: jnp.floor(4 * jnp.tanh(h))), strict=True):
+        # But for what is half a step of the argument beside a jump.
+        assert np.mean(np.abs(out - g(h)) > 0.05) < 0.02
+
+
+def test_what_a_chain_of_functions_takes_twice_is_computed_once():
+    def f(params, x):
+        y = x @ params["w"]
+        for _ in range(24):
+            y = y + 0.1 * jnp.sin(y)
+        return y @ jnp.eye(4)
+
+    x = DATA[:, :4]
+    program = jaxq.integer(f, calibrated(f, LINEAR, x))(LINEAR, x)
+    np.testing.assert_allclose(program(x), f(LINEAR, x), atol=0.05)
+
+
 def test_plans_without_ranges_are_refused():
     x = jnp.ones((2, 4))
     with pytest.raises(TypeError, match=r"needs static ranges: plan = jaxq.calibrate"):
         jaxq.integer(linear, ASYMMETRIC)
     with pytest.raises(ValueError, match=r"seen no data: w; run jaxq.calibrate"):
         jaxq.integer(linear, jaxq.make_plan(linear, ASYMMETRIC)(LINEAR, x))(LINEAR, x)
+
+
+def test_programs_are_built_outside_of_jit():
+    x = jnp.ones((2, 4))
+    plan = calibrated(linear, LINEAR, x)
+    with pytest.raises(TypeError, match="build it outside of jit"):
+        jax.jit(lambda params, x: jaxq.integer(linear, plan)(params, x)(x))(LINEAR, x)
+
+
+def test_weights_that_are_codes_are_not_put_out():
+    x = jnp.ones((2, 4))
+    plan = calibrated(linear, LINEAR, x)
+    qparams = jaxq.convert(linear, plan)(LINEAR, x)
+    with pytest.raises(
+        ValueError, match="an output reads a weight of which .* codes alone: take it from the parameters"
+    ):
+        jaxq.integer(lambda params, x: (linear(params, x), params["w"]), plan)(qparams, x)
 
 
 def test_all_problems_are_listed_at_once():

@@ -13,29 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import constant, power_above, refined, rescaled, shifted, together, widened
-from jaxq.integer.values import INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
+from jaxq.integer.scales import (
+    FRACTION,
+    beside,
+    check_whole,
+    coarser,
+    constant,
+    finite,
+    power_above,
+    refined,
+    shifted,
+    together,
+    widened,
+)
+from jaxq.integer.values import INT8, INT32, ROOM, Coded, Constant, Plain, Refusal, Value, ones, span, wide
 from jaxq.numbers.requantize import single_rounding
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
-# How much larger than a value a constant that takes its place may be: what is left of thirty bits is fifteen.
-FAR = 2.0**15
-
-
-def _finite(c: Constant) -> np.ndarray:
-    reals = c.reals
-    if not np.isfinite(reals).all():
-        raise Refusal("has a constant that is not finite")
-    return reals
-
 
 def _plus(v: Coded, c: Constant) -> Coded:
     """v + c."""
-    v, reals = refined(v), _finite(c)
+    v, reals = refined(v), finite(c)
     if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
         total = float(np.max(v.reach * v.scale + np.abs(reals)))
-        v = rescaled(v, ones(power_above(total / ROOM), v.codes.ndim))
+        v = coarser(v, power_above(total / ROOM))
     steps = constant(c, v)
     return wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
 
@@ -79,7 +81,7 @@ def mul(eqn: Eqn, a, b) -> Coded:
     if isinstance(a, Constant):
         a, b = b, a
     if isinstance(b, Constant):
-        return scaled(a, _finite(b))
+        return scaled(a, finite(b))
     a, b = widened(a), widened(b)
     reach = float(a.reach.max()) * float(b.reach.max())
     down = max(0, math.ceil(math.log2(reach / ROOM)))
@@ -108,11 +110,13 @@ def div(eqn: Eqn, a, b) -> Coded:
 
 def _limit(v: Coded, c: Constant) -> tuple[Coded, np.ndarray]:
     """Return a value and the codes, int64, of a constant at its scale, saturated (infinity included)."""
-    if v.is_narrow and np.any(c.reals):
+    if np.isnan(c.reals).any():
+        raise Refusal("has a constant that is NaN, for which there is no code")
+    if v.is_narrow and (np.any(c.reals) or not INT8[0] <= v.zero_point <= INT8[1]):
         v = refined(v)
+    check_whole(v, c.reals)
     steps = np.rint(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
-    ends = (v.low.min(), v.high.max()) if v.is_narrow else INT32
-    return v, np.clip(steps, *ends).astype(np.int64)
+    return v, np.clip(steps, *INT32).astype(np.int64)
 
 
 def _clamped(pick: Callable, bound: Callable) -> Callable:
@@ -180,7 +184,11 @@ _TURNED = {
 
 
 def select(eqn: Eqn, which, *cases) -> Coded:
-    """One of several values, brought to one scale."""
+    """One of several values, brought to one scale; where it is known which, that one."""
+    if isinstance(which, Constant) and which.reals.size == 1:
+        chosen = cases[int(which.reals.max())]
+        if isinstance(chosen, Coded):
+            return chosen
     if isinstance(which, Constant):
         which = Plain(jnp.broadcast_to(jnp.asarray(which.array), eqn.invars[0].aval.shape))
     if not isinstance(which, Plain):
@@ -188,10 +196,7 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
         return _constants(eqn, which, cases)
-    extra = max([float(np.max(np.abs(_finite(c)))) for c in cases if isinstance(c, Constant)], default=0.0)
-    if extra > FAR * max(float(np.max(c.reach * c.scale)) for c in data):
-        raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
-    coded = together([refined(c) for c in data], extra)
+    coded = together([refined(c) for c in data], beside(data, [c for c in cases if isinstance(c, Constant)]))
     like, rest = coded[0], iter(coded)
     full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in cases]
     shape = which.array.shape or like.codes.shape
@@ -204,14 +209,13 @@ def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
     """One of two constants: the first, and what the second has more where the truth value is one."""
     if len(cases) != 2:
         raise Refusal("selects one of several constants: select one of two at a time")
-    first, second = (_finite(c) for c in cases)
+    first, second = (finite(c) for c in cases)
     return _plus(scaled(identity(eqn, which), second - first), Constant(first))
 
 
 def identity(eqn: Eqn, x):
     """A change of type: of numbers that stand for themselves to codes of scale one, of codes to nothing else."""
-    if not jaxpr.is_float(eqn.outvars[0].aval):
-        raise Refusal("turns a real number into an integer, which depends on how it is rounded: leave it to the caller")
+    check_real(eqn)
     if isinstance(x, Coded):
         return Coded(x.codes, x.scale, x.low, x.high, x.zero_point)
     dtype, array = x.array.dtype, x.array
@@ -220,7 +224,16 @@ def identity(eqn: Eqn, x):
         raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
     codes = lax.convert_element_type(array, jnp.int32)
     v = wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64))
-    return shifted(v) if high < 2**8 else v
+    return shifted(v, min(FRACTION, 30 - high.bit_length())) if high < 2**16 else v
+
+
+def check_real(eqn: Eqn) -> None:
+    """Refuse a change of type from what codes or a table stand for to integers."""
+    if eqn.primitive is lax.convert_element_type_p and not jaxpr.is_float(eqn.outvars[0].aval):
+        raise Refusal(
+            "turns a real number, or a truth value of a table, into an integer, which depends on how it is rounded: "
+            "leave it to the caller"
+        )
 
 
 COMPARISONS = frozenset(_ROUNDED)

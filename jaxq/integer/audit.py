@@ -1,7 +1,8 @@
 """The proof that nothing in between is float: every operation of the traced program is looked at.
 
 Only the scopes of `entry` may hold floats. The one exception is named where it is: the sums of a convolution on a GPU,
-which are integers in float32, exact (`lowering.cudnn`).
+which are integers in float32, exact (`lowering.cudnn`). Of products that differ by platform the audit sees the form
+of a CPU.
 """
 
 from collections.abc import Iterator
@@ -18,20 +19,11 @@ def floats(body: Body, around: tuple[str, ...] = ()) -> Iterator[Eqn]:
         scopes = (*around, *jaxpr.scopes(eqn)[0])
         if ENTRY in scopes or EXIT in scopes:
             continue
-        inner = [jaxpr.as_body(held) for held in jaxpr.programs_in(_chosen(eqn))]
+        inner = [jaxpr.as_body(held) for held in jaxpr.programs_in(jaxpr.on_platform(eqn, "cpu"))]
         for held in inner:
             yield from floats(held, scopes)
         if not inner and any(jaxpr.is_float(v.aval) for v in (*eqn.invars, *eqn.outvars)):
             yield eqn
-
-
-def _chosen(eqn: Eqn) -> Any:
-    """Return an equation's parameters; of a product that differs by platform, the form of a CPU."""
-    platforms = eqn.params.get("branches_platforms")
-    if not platforms:
-        return eqn.params.values()
-    fits = [names is None or "cpu" in names for names in platforms]
-    return [eqn.params["branches"][fits.index(True)]]
 
 
 def check(program: Any) -> None:

@@ -72,15 +72,17 @@ class Integers:
         if _is_whole(eqn, operands):
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
-        return [_filled(eqn, self.ordinary(eqn, operands))]
-
-    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
-        """Apply the rule of an ordinary equation."""
         if any(isinstance(x, Entry) for x in operands):
             raise Refusal(
                 "takes a float input that no site of the plan takes as it is, so that no range is known for it: "
                 "do this before the call, or give the program integers, such as pixels in uint8"
             )
+        if eqn.primitive is lax.split_p:
+            return moves.split(eqn, operands[0])
+        return [_filled(eqn, self.ordinary(eqn, operands))]
+
+    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
+        """Apply the rule of an ordinary equation."""
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
         line, rule = tables.composed(eqn, operands), _rule(eqn)
@@ -132,8 +134,8 @@ def as_array(x: Value, aval: Any) -> jax.Array:
     if isinstance(x, Plain):
         return x.array
     assert isinstance(x, Constant)
-    plain = not hasattr(x.array, "dtype") or not jnp.issubdtype(x.array.dtype, jax.dtypes.extended)
-    return jnp.broadcast_to(jnp.asarray(x.array, aval.dtype), aval.shape) if plain else x.array
+    plain = not hasattr(x.held, "dtype") or not jnp.issubdtype(x.held.dtype, jax.dtypes.extended)
+    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape) if plain else x.held
 
 
 def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:

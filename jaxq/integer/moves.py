@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import constant, together, uniform
-from jaxq.integer.values import Coded, Constant, Line, Mapped, Plain, Refusal, Value, ones, span
+from jaxq.integer.scales import beside, constant, refined, together, uniform
+from jaxq.integer.values import INT32, Coded, Constant, Mapped, Plain, Refusal, Value, ones, span
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -47,7 +47,7 @@ SCALES: dict[object, Callable[[Eqn, np.ndarray], np.ndarray]] = {
     **dict.fromkeys(jaxpr.SAME_VALUE, _kept),
 }
 
-MOVES = (jaxpr.MOVES | {lax.slice_p}) - {lax.convert_element_type_p}
+MOVES = (jaxpr.MOVES | {lax.slice_p, lax.tile_p}) - {lax.convert_element_type_p}
 
 
 def move(eqn: Eqn, x: Value) -> Value:
@@ -55,7 +55,7 @@ def move(eqn: Eqn, x: Value) -> Value:
     if isinstance(x, Plain):
         return Plain(jaxpr.rebind(eqn, x.array)[0])
     if isinstance(x, Mapped):
-        return Mapped(Line(_moved(eqn, x.line.root), x.line.of))
+        return Mapped(x.line._replace(root=_moved(eqn, x.line.root)))
     assert isinstance(x, Coded)
     return _moved(eqn, x)
 
@@ -84,8 +84,9 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
     padded = tuple(axis for axis, n in enumerate(eqn.params["padding_config"]) if n != (0, 0, 0))
     if any(x.scale.shape[axis] > 1 for axis in padded):
         x = uniform(x)
-    if x.is_narrow and np.any(filling.reals):
-        (x,) = together([x], float(np.abs(filling.reals)))
+    extra = beside([x], [filling])
+    if extra and (x.is_narrow or extra / x.scale.max() > INT32[1]):
+        (x,) = together([refined(x)], extra)
     steps = np.rint(filling.reals / x.scale.max()).astype(np.int64)
     if steps and x.scale.size > 1:
         raise Refusal("pads channels of different scales with another number than zero")
@@ -96,20 +97,43 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
 
 
 def concatenate(eqn: Eqn, *parts: Value) -> Coded:
-    """Values of one grid as they are, of several at one scale."""
+    """Values of one grid as they are, of several at one scale; so are stacks."""
     data = [p for p in parts if isinstance(p, Coded)]
     grids = {(p.codes.dtype, p.scale.size == 1 and float(p.scale.max()), p.zero_point) for p in data}
     if len(grids) == 1 and len(data) == len(parts) and False not in next(iter(grids)):
         joined = data
     else:
-        numbers = [float(np.max(np.abs(p.reals))) for p in parts if isinstance(p, Constant)]
-        joined = together(data, max(numbers, default=0.0))
+        constants = [p for p in parts if isinstance(p, Constant)]
+        joined = together([refined(p) for p in data] if constants else data, beside(data, constants))
     like, coded = joined[0], iter(joined)
     shapes = [v.aval.shape for v in eqn.invars]
     full = [constant(p, like) if isinstance(p, Constant) else next(coded) for p in parts]
     codes = [jnp.broadcast_to(c.codes, shape) for c, shape in zip(full, shapes, strict=True)]
-    ends = [ones(end, like.codes.ndim, np.int64) for end in span(full)]
-    return Coded(jaxpr.rebind(eqn, *codes)[0], like.scale, ends[0], ends[1], like.zero_point)
+    joined_codes = jaxpr.rebind(eqn, *codes)[0]
+    low, high = (ones(end, joined_codes.ndim, np.int64) for end in span(full))
+    return Coded(joined_codes, ones(like.scale.max(), joined_codes.ndim), low, high, like.zero_point)
 
 
-RULES: dict[object, Callable[..., Value]] = {lax.pad_p: pad, lax.concatenate_p: concatenate}
+def split(eqn: Eqn, x: Value) -> list[Value]:
+    """Cut into pieces along an axis; scales that differ along it are cut too."""
+    if isinstance(x, Plain):
+        return [Plain(y) for y in jaxpr.rebind(eqn, x.array)]
+    if isinstance(x, Mapped):
+        return [Mapped(x.line._replace(root=root)) for root in _pieces(eqn, x.line.root)]
+    assert isinstance(x, Coded)
+    return [*_pieces(eqn, x)]
+
+
+def _pieces(eqn: Eqn, v: Coded) -> list[Coded]:
+    axis, cuts = eqn.params["axis"], np.cumsum(eqn.params["sizes"])[:-1]
+    codes = jaxpr.rebind(eqn, v.codes)
+
+    def cut(s: np.ndarray) -> list[np.ndarray]:
+        s = _ranked(s, v.codes.ndim)
+        return np.split(s, cuts, axis) if s.shape[axis] > 1 else [s] * len(codes)
+
+    fours = zip(codes, cut(v.scale), cut(v.low), cut(v.high), strict=True)
+    return [Coded(*four, v.zero_point) for four in fours]
+
+
+RULES: dict[object, Callable[..., Value]] = {lax.pad_p: pad, lax.concatenate_p: concatenate, lax.stack_p: concatenate}

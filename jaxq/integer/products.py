@@ -159,12 +159,19 @@ def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int) -> jax.A
     It is computed where the image is: what a convolution pads is the code zero, and adds nothing.
     """
     x, side = pair[1 - weight], 1 - weight
-    free = set(op.free(side, x.codes.ndim)) if isinstance(op, Dot) else {op.lhs_spec[0]}
+    free = set(op.free(side, x.codes.ndim)) if isinstance(op, Dot) else _free_of(op, side)
     shape = [1 if axis in free else n for axis, n in enumerate(x.codes.shape)]
     operands = [pair[0].codes, pair[1].codes]
     with jax.ensure_compile_time_eval():
         operands[side] = jnp.ones(shape, jnp.int8)
         return np.int32(x.zero_point) * op.apply(*operands, out_dtype=jnp.int32)
+
+
+def _free_of(op: Conv, side: int) -> set[int]:
+    """Return the axis of images or of kernels along which all sums of zero points are alike; groups are of several."""
+    if op.batch_groups > 1 or (side == 1 and op.feature_groups > 1):
+        return set()
+    return {(op.lhs_spec, op.rhs_spec)[side][0]}
 
 
 def _less_zero_points(op: Dot | Conv, acc: jax.Array, left: Coded, right: Coded) -> jax.Array:

@@ -112,6 +112,8 @@ def integer(f: Callable, plan: Plan, *, argnums: Argnums = 0) -> Callable[..., I
         converted = any(is_converted(leaf) for leaf in take_apart(args, kwargs, argnums)[1])
         numbers = sorted(n % len(args) for n in ((argnums,) if isinstance(argnums, int) else argnums))
         params = tuple(args[n] for n in numbers)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+            raise TypeError("an integer program is built from known weights: build it outside of jit, and jit it then")
         params = params if converted else convert(f, plan, argnums=numbers)(*args, **kwargs)
         program = IntegerProgram(f, plan, params, tuple(numbers))
         return program.check(*(arg for n, arg in enumerate(args) if n not in numbers), **kwargs)

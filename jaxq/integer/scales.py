@@ -16,6 +16,9 @@ from jaxq.numbers.requantize import SINGLE, quantize_multiplier, requantize, res
 
 # What a sum with a narrow value is computed in: steps of 2^-16 of the value's own.
 FRACTION = 16
+# How much larger than a value a constant that takes its place may be: what is left of thirty bits is fifteen.
+FAR = 2.0**15
+SMALLER = "give the program int16 or less, or compute with integers before they become real numbers"
 
 
 def widened(v: Coded) -> Coded:
@@ -31,9 +34,9 @@ def refined(v: Coded) -> Coded:
     return shifted(widened(v)) if v.is_narrow else v
 
 
-def shifted(w: Coded) -> Coded:
-    """Return int32 codes in steps of 2^-16 of what they are."""
-    return wide(w.codes << FRACTION, w.scale / 2**FRACTION, w.low << FRACTION, w.high << FRACTION, w.line)
+def shifted(w: Coded, bits: int = FRACTION) -> Coded:
+    """Return int32 codes in steps of 2^-bits of what they are."""
+    return wide(w.codes << bits, w.scale / 2**bits, w.low << bits, w.high << bits, w.line) if bits else w
 
 
 def rescaled(v: Coded, scale: np.ndarray) -> Coded:
@@ -45,6 +48,7 @@ def rescaled(v: Coded, scale: np.ndarray) -> Coded:
     if np.any(ratio >= 2.0**31):
         raise Refusal("has a scale 2^31 times as large as the one it is to have")
     low, high = np.floor(w.low * ratio) - 1, np.ceil(w.high * ratio) + 1
+    low, high = np.where(w.low < 0, low, low.clip(0)), np.where(w.high > 0, high, high.clip(max=0))
     low, high = (np.clip(end, *INT32).astype(np.int64) for end in (low, high))
     return Coded(_multiplied(w.codes, ratio), scale, low, high, 0, w.line)
 
@@ -89,7 +93,7 @@ def uniform(v: Coded) -> Coded:
         return v
     if np.all(v.scale == v.scale.max()):
         return Coded(v.codes, ones(v.scale.max(), v.codes.ndim), v.low, v.high, v.zero_point, v.line)
-    return rescaled(v, ones(power_above(float(np.max(v.reach * v.scale)) / ROOM), v.codes.ndim))
+    return coarser(v, power_above(float(np.max(v.reach * v.scale)) / ROOM))
 
 
 def together(values: Sequence[Coded], extra: float = 0.0) -> list[Coded]:
@@ -99,14 +103,54 @@ def together(values: Sequence[Coded], extra: float = 0.0) -> list[Coded]:
     if len(scales) == 1 and all(v.scale.size == 1 for v in values) and total / min(scales) <= ROOM:
         return [widened(v) for v in values]
     scale = power_above(total / ROOM)
-    return [rescaled(v, ones(scale, v.codes.ndim)) for v in values]
+    return [coarser(v, scale) for v in values]
 
 
 def within(v: Coded, reach: float) -> Coded:
     """Return int32 codes between `-reach` and `reach`: as they are, or of one coarser scale."""
     if np.max(v.reach) <= reach:
         return widened(v)
-    return rescaled(v, ones(power_above(float(np.max(v.reach * v.scale)) / (reach - 1)), v.codes.ndim))
+    return coarser(v, power_above(float(np.max(v.reach * v.scale)) / (reach - 1)))
+
+
+# --- whole numbers of the program, and constants ---------------------------------------------------------------------
+
+
+def _is_full(v: Coded) -> bool:
+    """Tell whether values are the program's own integers of 32 bits: each step of them counts."""
+    return not v.is_narrow and bool(np.max(v.reach) >= INT32[1])
+
+
+def coarser(v: Coded, scale: float) -> Coded:
+    """Return int32 codes of one scale, a power of two; refuse what would drop bits of the program's own integers."""
+    if _is_full(v) and scale > np.min(v.scale):
+        raise Refusal(f"may drop the last bits of integers of 32 bits: {SMALLER}")
+    return rescaled(v, ones(scale, v.codes.ndim))
+
+
+def check_whole(v: Coded, reals: np.ndarray) -> None:
+    """Refuse a constant that the program's own integers of 32 bits, which have no fractions, cannot be limited to."""
+    if not _is_full(v):
+        return
+    finite = np.where(np.isfinite(reals), reals, 0.0)
+    wrong = np.abs(np.rint(finite / v.scale) * v.scale - finite)
+    if np.any(wrong > 0.01 * np.abs(finite)):
+        raise Refusal(f"takes {np.max(np.abs(finite)):.3g}, which is between two integers of 32 bits: {SMALLER}")
+
+
+def finite(c: Constant) -> np.ndarray:
+    """Return a constant's numbers; refuse infinity and NaN."""
+    if not np.isfinite(c.reals).all():
+        raise Refusal("has a constant that is not finite, for which there is no code: use a finite number")
+    return c.reals
+
+
+def beside(values: Sequence[Coded], constants: Sequence[Constant]) -> float:
+    """Return the largest of constants that are to have the values' scale; refuse one that leaves too little of them."""
+    extra = max([float(np.max(np.abs(finite(c)), initial=0.0)) for c in constants], default=0.0)
+    if extra > FAR * max(float(np.max(v.reach * v.scale)) for v in values):
+        raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
+    return extra
 
 
 def constant(c: Constant, like: Coded) -> Coded:

@@ -7,6 +7,7 @@ the result changes. So the range of a table's input is neither measured nor gues
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ ELEMENTWISE = frozenset(
 
 # How many points a range is looked at in, to find where a function of it changes.
 POINTS = 2**14
+# How many codes a table may be off between two steps of its argument: one by itself, one that is added to a line.
+FEW, SOME = 4, 24
+# In how many of its steps a function may jump.
+JUMPS = 32
+NORMS = "Integer softmax, LayerNorm, RMSNorm and other norms are not there yet"
 
 
 def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
@@ -43,13 +49,26 @@ def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
         return None
     if any(c.array is None or c.reals.size != 1 for c in constants):
         return None
+    arithmetic.check_real(eqn)
 
     def of(x: jax.Array) -> jax.Array:
         args = [_scalars(o, x) if isinstance(o, Constant) else line_of(o).of(x) for o in operands]
         typed = [a.astype(v.aval.dtype) for a, v in zip(args, eqn.invars, strict=True)]
         return jaxpr.rebind(eqn, *typed)[0]
 
-    return Line(lines[0].root, of)
+    return Line(lines[0].root, _once(of), eqn.primitive.name)
+
+
+def _once(of: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Return a function that remembers its last value: what a chain takes twice at each step is computed once."""
+    last: list[Any] = [None, None]
+
+    def remembered(x: jax.Array) -> jax.Array:
+        if last[0] is not x:
+            last[:] = x, of(x)
+        return last[1]
+
+    return remembered
 
 
 def _scalars(c: Constant, like: jax.Array) -> jax.Array:
@@ -64,16 +83,20 @@ def _evaluate(line: Line, reals: np.ndarray) -> np.ndarray:
         raise Refusal("leaves a truth value of a table, which only a selection can take")
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
-        at, value = next((x, y) for x, y in zip(reals, values, strict=True) if not np.isfinite(y))
-        raise Refusal(f"is {value} at {at:.3g}, which its operand may reach: clip it first")
+        at, value = next((x, y) for x, y in zip(reals.flat, values.flat, strict=True) if not np.isfinite(y))
+        raise Refusal(
+            f"takes {line.name}, which is {value} at {at:.3g}: its operand may be that, clip it first. {NORMS}"
+        )
     return values
 
 
-def looked_up(line: Line, affine: Affine) -> Coded:
-    """Return a function's int8 codes on a grid: its argument's codes, looked up in a table."""
+def looked_up(line: Line, affine: Affine, few: int = FEW) -> Coded:
+    """Return a function's int8 codes on a grid: its argument's codes, looked up in a table, at most `few` codes off."""
     root, grid = _narrow_root(line, affine)
     every = np.arange(INT8[0], INT8[1] + 1)
-    table = affine.codes_of(_evaluate(line, grid.scale * (every - grid.zero_point)))
+    table = affine.codes_of(_evaluate(line, (grid.scale * (every - grid.zero_point)).clip(*line.root.ends)))
+    if root is not line.root:
+        _check_steps(line, affine, grid, table, few)
     index = lax.convert_element_type(root.codes, jnp.int32) - np.int32(INT8[0])
     codes = jnp.take(jnp.asarray(table, jnp.int8), index, mode="clip")
     used = table[grid.low - INT8[0] : grid.high - INT8[0] + 1] - affine.zero_point
@@ -88,24 +111,70 @@ def _narrow_root(line: Line, affine: Affine) -> tuple[Coded, Affine]:
         zero = root.zero_point
         return root, Affine(float(root.scale.max()), zero, int(root.low.min()) + zero, int(root.high.max()) + zero)
     low, high = _changing(lambda x: affine.codes_of(_evaluate(line, x)), *root.ends)
-    scale = max(high - low, 1e-30) / 254  # one step less than there are, as the zero point is rounded
+    spare = max(0.0, 254 * float(root.scale.min()) - (high - low)) / 2  # steps are no finer than the argument's own
+    low, high = low - spare, high + spare
+    scale = (high - low) / 254  # one step less than there are, as the zero point is rounded
     grid = Affine(scale, INT8[0] - int(np.rint(low / scale)))
     return narrowed(root, grid), grid
+
+
+def _check_steps(line: Line, affine: Affine, grid: Affine, table: np.ndarray, few: int) -> None:
+    """Refuse a table that a function leaves between two steps of its argument, as a norm does near zero.
+
+    Where a function jumps, as a sign does, no table follows it: that is at isolated points.
+    """
+
+    def codes(reals: np.ndarray) -> np.ndarray:
+        return affine.codes_of(_evaluate(line, reals))
+
+    ends = (grid.scale * (np.array(INT8) - grid.zero_point + np.array([-0.5, 0.5]))).clip(*line.root.ends)
+    points = np.linspace(ends[0], ends[1], POINTS)
+    steps = grid.codes_of(points) - INT8[0]
+    off = np.abs(codes(points) - table[steps])
+    bad = np.unique(steps[off > few])
+    if bad.size and (bad.size > JUMPS or np.any(_largest(off, steps, bad) > few + _jumps(codes, points, steps, bad))):
+        raise Refusal(
+            f"takes {line.name} of a 32-bit sum, which changes too fast: 256 steps of the sum do not follow "
+            f"it. Clip the sum to the range that matters, or round it to int8 with out= in its site's Scheme. {NORMS}"
+        )
+
+
+def _largest(off: np.ndarray, steps: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    return np.array([off[steps == step].max() for step in bad])
+
+
+def _jumps(codes: Callable[[np.ndarray], np.ndarray], points: np.ndarray, steps: np.ndarray, bad: np.ndarray) -> Any:
+    """Return the jump within each of some steps, in codes: what is left of the change when the step is halved often."""
+    at = np.array([np.flatnonzero(steps == step)[[0, -1]] for step in bad])
+    low, high = points[np.maximum(at[:, 0] - 1, 0)], points[np.minimum(at[:, 1] + 1, POINTS - 1)]
+    for _ in range(24):
+        middle = (low + high) / 2
+        a, b, c = codes(np.stack([low, middle, high]))
+        left = np.abs(b - a) >= np.abs(c - b)
+        low, high = np.where(left, low, middle), np.where(left, middle, high)
+    a, b = codes(np.stack([low, high]))
+    return np.abs(b - a)
 
 
 def _changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
     """Return the part of a range outside of which codes do not change."""
     for _ in range(8):
-        points = np.linspace(low, high, POINTS)
+        points = _points(low, high)
         seen = codes(points)
         differs = np.flatnonzero(seen != seen[0]), np.flatnonzero(seen != seen[-1])
         if not differs[0].size:
             return low, high
-        ends = points[max(differs[0][0] - 1, 0)], points[min(differs[1][-1] + 1, POINTS - 1)]
+        ends = points[max(differs[0][0] - 1, 0)], points[min(differs[1][-1] + 1, points.size - 1)]
         if ends[1] - ends[0] > 0.5 * (high - low):
             return float(ends[0]), float(ends[1])
         low, high = (float(end) for end in ends)
     return low, high
+
+
+def _points(low: float, high: float) -> np.ndarray:
+    """Return where a range is looked at, in order: evenly, and ever closer to zero."""
+    near = np.geomspace(1e-6, 1.0, POINTS // 16) * max(abs(low), abs(high))
+    return np.unique(np.concatenate([np.linspace(low, high, POINTS), near, -near, [0.0]]).clip(low, high))
 
 
 # --- functions that nobody has a grid for ----------------------------------------------------------------------------
@@ -122,23 +191,24 @@ def made(value: Mapped) -> Coded:
     if (line.root.is_narrow and line.root.scale.size == 1) or _is_bounded(line):
         return _on_own_grid(line)
     left, right = _slopes(line)
-    rest = Line(line.root, lambda x: line.of(x) - left * jnp.minimum(x, 0) - right * jnp.maximum(x, 0))
+    rest = line._replace(of=lambda x: line.of(x) - left * jnp.minimum(x, 0) - right * jnp.maximum(x, 0))
     if not _is_bounded(rest):
         raise Refusal(
-            "takes a function of a 32-bit sum, for which no range is known, and which is neither bounded nor grows "
+            f"takes {line.name} of a 32-bit sum, for which no range is known, and which is neither bounded nor grows "
             "like a line: have a site of the plan take it as it is, or bound it"
         )
     zero = Constant(np.zeros(()))
     below = arithmetic.scaled(arithmetic.minimum(None, line.root, zero), np.array(left))
     above = arithmetic.scaled(arithmetic.maximum(None, line.root, zero), np.array(right))
     straight = arithmetic.add(None, below, above) if left and right else below if left else above
-    return arithmetic.add(None, straight, _on_own_grid(rest))
+    return arithmetic.add(None, straight, _on_own_grid(rest, SOME, _far(line) * 2.0**-25))
 
 
-def _on_own_grid(line: Line) -> Coded:
+def _on_own_grid(line: Line, few: int = FEW, finest: float = 0.0) -> Coded:
+    """Return a function's codes in 255 steps of what it may be; finest: the steps below which it is float rounding."""
     low, high = _span(line)
-    scale = (high - low) / 255 or 1.0
-    return looked_up(line, Affine(scale, INT8[0] - int(np.rint(low / scale))))
+    scale = max((high - low) / 255, finest) or 1.0
+    return looked_up(line, Affine(scale, INT8[0] - int(np.rint(low / scale))), few)
 
 
 def _is_bounded(line: Line) -> bool:
@@ -147,18 +217,24 @@ def _is_bounded(line: Line) -> bool:
     What is left of float rounding, beside the argument, does not count.
     """
     (low, high), further = _span(line), _span(line, 4)
-    noise = 1e-5 * max(map(abs, line.root.ends))
+    noise = 1e-5 * _far(line)
     return further[1] - further[0] <= 2 * (high - low) + noise
 
 
 def _span(line: Line, times: int = 1) -> tuple[float, float]:
     """Return the smallest and the largest value of a function, zero included."""
-    values = _evaluate(line, times * np.linspace(*line.root.ends, POINTS))
+    low, high = line.root.ends
+    values = _evaluate(line, _points(times * low, times * high))
     return min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+
+
+def _far(line: Line) -> float:
+    """Return the largest size of a function's argument."""
+    return max(map(abs, line.root.ends))
 
 
 def _slopes(line: Line) -> tuple[float, float]:
     """Return how fast a function grows far to the left and far to the right."""
-    far = max(map(abs, line.root.ends))
+    far = _far(line)
     a, b, c, d = _evaluate(line, far * np.array([-2.0, -1.0, 1.0, 2.0]))
     return float((b - a) / far), float((d - c) / far)

@@ -40,11 +40,12 @@ class Affine(NamedTuple):
 class Line(NamedTuple):
     """Where a value comes from, if it is a function of one other value, element by element: `value = of(root)`.
 
-    of: takes and gives arrays of real numbers; it runs the user's own equations.
+    of: takes and gives arrays of real numbers; it runs the user's own equations. name: of the last of them.
     """
 
     root: "Coded"
     of: Callable[[jax.Array], jax.Array]
+    name: str = "function"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,9 +109,17 @@ class Constant:
     @property
     def reals(self) -> np.ndarray:
         """The numbers, float64."""
+        return np.asarray(self.held).astype(np.float64)
+
+    @property
+    def held(self) -> Any:
+        """The array. Raises `Refusal` where there are codes only."""
         if self.array is None:
-            raise Refusal("reads a parameter that converted parameters no longer hold: start from float parameters")
-        return np.asarray(self.array).astype(np.float64)
+            raise Refusal(
+                "reads a weight of which an integer program holds codes alone: take it from the parameters outside, or "
+                "keep its site float"
+            )
+        return self.array
 
 
 class Refused(NamedTuple):

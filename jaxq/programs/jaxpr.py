@@ -7,7 +7,7 @@ coverage audit counts what is inside and refuses to pass over it in silence.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -230,6 +230,15 @@ def _while(eqn: Eqn) -> While:
 
 def _cond(eqn: Eqn) -> Branches:
     return Branches(tuple(as_body(branch) for branch in eqn.params["branches"]))
+
+
+def on_platform(eqn: Eqn, platform: str) -> Iterable[Any]:
+    """Return an equation's parameters; of what differs by platform, the program of one."""
+    platforms = eqn.params.get("branches_platforms")
+    if not platforms:
+        return eqn.params.values()
+    fits = [names is None or platform in names for names in platforms]
+    return [eqn.params["branches"][fits.index(True)]]
 
 
 def _remat(eqn: Eqn) -> Remat:
