@@ -268,11 +268,9 @@ def _smooth(task: Task, number: int, x, q: QArray | None, r: Leaf | None) -> jax
     """Return an operand as the derivative sees it: dequantized, itself differentiable straight through."""
     if q is None:
         return x
-    return (
-        q.decode()
-        if isinstance(x, QArray)
-        else _imitation(task.quantizers[number], task.op.contracted[number], x, q, r)
-    )
+    if isinstance(x, QArray):
+        return q.decode()
+    return _imitation(task.quantizers[number], task.op.contracted[number], x, q, r)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

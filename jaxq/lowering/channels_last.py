@@ -1,8 +1,8 @@
 """Convolution in the one layout that XLA:CPU has a vector kernel for: images [n, h, w, c], kernels [h, w, i, o].
 
 All others, lines and volumes too, run as loops without vectors; so do paddings that make the output larger than the
-image. Lines are images of height one. Volumes are a sum over the taps in depth, each a
-convolution of all planes as images. Wide paddings are written out.
+image. Lines are images of height one. Volumes are a sum over the taps in depth, each a convolution of all planes as
+images. Wide paddings are written out.
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ IMAGE = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a dense convolution over one to three axes is none of images, channels last, that do not grow."""
     dense = op.feature_groups == op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
-    sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
-    known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
+    known = op.has_sizes(image.shape, kernel.shape)
     if not (dense and known and 3 <= len(image.shape) <= 5) or any(spread_axes(image)[1:]):
         return False
     if len(image.shape) == 5 and kernel.shape[op.rhs_spec[2]] > MOST_PLANES:
@@ -45,9 +44,7 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     batch, feature, *spatial = op.lhs_spec
     out, into, *window = op.rhs_spec
     x = _moved(image, (batch, *spatial, feature), spatial)
-    sums = _OVER[len(spatial)](op, x, _moved(kernel, (*window, into, out), window), then)
-    order = {op.out_spec[0]: 0, op.out_spec[1]: sums.ndim - 1, **{a: n + 1 for n, a in enumerate(op.out_spec[2:])}}
-    return lax.transpose(sums, [order[axis] for axis in range(sums.ndim)])
+    return op.laid_out(_OVER[len(spatial)](op, x, _moved(kernel, (*window, into, out), window), then))
 
 
 def _adjoin(axes: list[int]) -> bool:

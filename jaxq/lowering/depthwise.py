@@ -22,8 +22,7 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a convolution is depthwise, and small enough in its window."""
     taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
     single = op.feature_groups > 1 and kernel.shape[op.rhs_spec[1]] == 1
-    sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
-    known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
+    known = op.has_sizes(image.shape, kernel.shape)
     return single and known and op.batch_groups == 1 and set(op.lhs_dilation) <= {1} and taps <= MOST_TAPS
 
 
@@ -43,5 +42,4 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
         pixels = jnp.repeat(tap_of(op, x, offset, lengths).astype(jnp.int16), copies, axis=-1)
         row = lax.reshape(weights[offset], (1,) * (x.ndim - 1) + (channels * copies,))
         sums = sums + lax.mul(pixels, jnp.broadcast_to(row, pixels.shape)).astype(jnp.int32)
-    order = {op.out_spec[0]: 0, op.out_spec[1]: x.ndim - 1, **{a: n + 1 for n, a in enumerate(op.out_spec[2:])}}
-    return lax.transpose(sums, [order[axis] for axis in range(x.ndim)])
+    return op.laid_out(sums)

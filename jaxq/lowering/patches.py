@@ -23,8 +23,7 @@ def suits(op: Conv, image: Any, kernel: Any) -> bool:
     """Tell whether a convolution is better written as patches and a dot."""
     taps = math.prod(kernel.shape[axis] for axis in op.rhs_spec[2:])
     dense = op.feature_groups == 1 and op.batch_groups == 1 and set(op.lhs_dilation) <= {1}
-    sizes = [n for axis, n in enumerate(image.shape) if axis != op.lhs_spec[0]]  # of a batch that may be symbolic
-    known = all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel.shape)
+    known = op.has_sizes(image.shape, kernel.shape)
     few = dense and known and image.shape[op.lhs_spec[1]] <= MOST_CHANNELS and taps > 1
     return few and (taps <= MOST_TAPS or _are_tiles(op, image, kernel))
 
@@ -49,8 +48,7 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     numbers = (((rank - 1,), (0,)), ((), ()))
     seen = _tiles(x, sizes, lengths) if _are_tiles(op, image, kernel) else _taps(op, x, sizes, lengths)
     sums = lax.dot_general(seen, weights, numbers, preferred_element_type=jnp.int32)
-    order = {op.out_spec[0]: 0, op.out_spec[1]: rank - 1, **{axis: n + 1 for n, axis in enumerate(op.out_spec[2:])}}
-    return lax.transpose(sums, [order[axis] for axis in range(rank)])
+    return op.laid_out(sums)
 
 
 def _taps(op: Conv, x: jax.Array, sizes: list[int], lengths: list[int]) -> jax.Array:

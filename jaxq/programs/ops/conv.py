@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -62,6 +63,17 @@ class Conv:
         out, _, *window = self.rhs_spec
         of_image = math.prod(shapes[1][axis] for axis in (out, *window)) // self.feature_groups
         return of_image, math.prod(out_shape[axis] for axis in (self.out_spec[0], *self.out_spec[2:]))
+
+    def has_sizes(self, image: Sequence[Any], kernel: Sequence[Any]) -> bool:
+        """Tell whether sizes are known and none is zero; that of the batch may be a symbol."""
+        sizes = [n for axis, n in enumerate(image) if axis != self.lhs_spec[0]]
+        return all(isinstance(n, int) for n in sizes) and 0 not in (*sizes, *kernel)
+
+    def laid_out(self, out: jax.Array) -> jax.Array:
+        """Return an output [batch, *space, channels] in the layout of this convolution."""
+        batch, feature, *space = self.out_spec
+        order = (batch, *space, feature)
+        return lax.transpose(out, [order.index(axis) for axis in range(out.ndim)])
 
     def apply(self, lhs: jax.Array, rhs: jax.Array, *rest, out_dtype=None) -> jax.Array:
         """Run the convolution on plain arrays."""
