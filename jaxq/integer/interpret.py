@@ -105,8 +105,8 @@ def _rule(eqn: Eqn) -> Callable[..., Value] | None:
 
 def known(array: Any) -> Constant:
     """Return a constant, with ones for the axes along which all numbers are alike."""
-    if array is None or not hasattr(array, "dtype") or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return Constant(array if array is None or hasattr(array, "dtype") else np.asarray(array))
+    if array is None or _is_extended(array):
+        return Constant(array)
     array = np.asarray(array)
     for axis in range(array.ndim):
         first = array[(slice(None),) * axis + (slice(0, 1),)]
@@ -134,8 +134,14 @@ def as_array(x: Value, aval: Any) -> jax.Array:
     if isinstance(x, Plain):
         return x.array
     assert isinstance(x, Constant)
-    plain = not hasattr(x.held, "dtype") or not jnp.issubdtype(x.held.dtype, jax.dtypes.extended)
-    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape) if plain else x.held
+    if _is_extended(x.held):
+        return x.held
+    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape)
+
+
+def _is_extended(array: Any) -> bool:
+    """Tell whether an array is of a type that NumPy has not, such as random keys."""
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
 
 def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:

@@ -16,7 +16,7 @@ from jaxq.integer import tables
 from jaxq.integer.scales import narrowed
 from jaxq.integer.values import Affine, Coded, Constant, Mapped, Refusal, Value, ones, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
-from jaxq.lowering import SCALES, forms
+from jaxq.lowering import SCALES, dot, forms
 from jaxq.numbers import affine as numbers
 from jaxq.numbers.calibrators import Leaf
 from jaxq.numbers.formats import Fixed, Int
@@ -179,12 +179,8 @@ def _less_zero_points(op: Dot | Conv, acc: jax.Array, left: Coded, right: Coded)
         return acc
     if isinstance(op, Conv):
         raise Refusal("convolves two values with zero points: use symmetric quantizers")
-    ranks, axes = (left.codes.ndim, right.codes.ndim), op.contract
-    sums = [jnp.sum(v.codes, a, dtype=jnp.int32, keepdims=True) for v, a in zip((left, right), axes, strict=True)]
-    terms = op.terms((left.codes.shape, right.codes.shape))
-    acc = acc - np.int32(right.zero_point) * SCALES[Dot](op, sums[0], 0, ranks)
-    acc = acc - np.int32(left.zero_point) * SCALES[Dot](op, sums[1], 1, ranks)
-    return acc + np.int32(terms * left.zero_point * right.zero_point)
+    pair = ((v.codes, jnp.full((1,) * v.codes.ndim, v.zero_point, jnp.int32)) for v in (left, right))
+    return dot.less_zero_points(op, acc, *pair)
 
 
 def to_output(op: Dot | Conv, s: np.ndarray, side: int, ranks: tuple[int, int]) -> np.ndarray:

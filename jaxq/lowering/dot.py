@@ -22,7 +22,7 @@ def integer_dot(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array
     (a, za), (b, zb) = signed(lhs), signed(rhs)
     side = nibbles.packed_side(op, stored)
     acc = _sums(op, a, b) if side is None else nibbles.sums(op, side, stored[side], (b, a)[side], _sums)
-    acc = _less_zero_points(op, acc, (a, za), (b, zb))
+    acc = less_zero_points(op, acc, (a, za), (b, zb))
     ranks = (lhs.ndim, rhs.ndim)
     return acc, lax.mul(to_output(op, lhs.scale, 0, ranks), to_output(op, rhs.scale, 1, ranks))
 
@@ -32,7 +32,7 @@ def _sums(op: Dot, a: jax.Array, b: jax.Array) -> jax.Array:
     return forms.sums(dataclasses.replace(op, precision=None), a, b)
 
 
-def _less_zero_points(op: Dot, acc: jax.Array, left, right) -> jax.Array:
+def less_zero_points(op: Dot, acc: jax.Array, left, right) -> jax.Array:
     """Return sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb, given sum ab."""
     (a, za), (b, zb) = left, right
     ranks = (a.ndim, b.ndim)
