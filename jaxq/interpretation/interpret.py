@@ -66,11 +66,11 @@ class Interpreter:
         special = self.special.get(path, ())
         for number, eqn in enumerate(body.jaxpr.eqns):
             operands = [v.val if isinstance(v, jaxpr.Literal) else env[v] for v in eqn.invars]
-            with jaxpr.Context(eqn):
-                if number in special:
+            if number in special:
+                with jaxpr.Context(eqn):
                     outs = self.step(eqn, operands, channel, (*path, number), seen)
-                else:
-                    outs = jaxpr.rebind(eqn, *operands)
+            else:
+                outs = jaxpr.issue(eqn, operands)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, jaxpr.Literal) else env[v] for v in body.jaxpr.outvars], seen
 

@@ -1,14 +1,13 @@
 """The one file that knows what JAX's programs look like inside.
 
-Every equation with programs in its parameters is seen as one of a few frozen records (`Inline`, `Loop`, `While`,
-`Branches`, `Remat`, `CustomRule`, `Manual`), whatever the JAX version calls it; `subprogram` returns that record, and
-`rebind` re-issues an equation untouched. Everything else in jaxq works on these. What cannot be seen is `Opaque`: the
-coverage audit counts what is inside and refuses to pass over it in silence.
+Every equation with programs in its parameters is seen as one of the few frozen `records`, whatever the JAX version
+calls it; `subprogram` returns that record, and `issue` issues an equation again, unchanged. Everything else in jaxq
+works on these.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,19 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.extend.core import primitives as prims
 from jax.interpreters import partial_eval
+
+from jaxq.programs.records import (
+    Body,
+    Branches,
+    CustomRule,
+    Inline,
+    Loop,
+    Manual,
+    Opaque,
+    Remat,
+    Subprogram,
+    While,
+)
 
 Literal = jex.Literal
 Eqn = Any  # a jex.JaxprEqn; its declared types hide that values have shapes and dtypes
@@ -55,86 +67,6 @@ ORDINARY = frozenset(
     | {prims.reshape_p, prims.broadcast_in_dim_p, prims.squeeze_p, prims.slice_p, prims.concatenate_p, prims.iota_p}
     | {prims.reduce_sum_p, prims.reduce_max_p, prims.reduce_min_p, prims.stop_gradient_p}
 )
-
-
-class Body(NamedTuple):
-    """A program with its constants: `outs = eqns(consts + args)`."""
-
-    jaxpr: Any
-    consts: tuple
-
-    @property
-    def invars(self) -> list:
-        """Variables of constants, then of arguments."""
-        return [*self.jaxpr.constvars, *self.jaxpr.invars]
-
-
-class Inline(NamedTuple):
-    """A call: its body runs once on the operands. sharding: set where its shardings were spelled out."""
-
-    body: Body
-    sharding: dict | None
-
-
-class Loop(NamedTuple):
-    """`lax.scan`: operands are constants, carries, then arrays scanned over their leading axis."""
-
-    body: Body
-    constants: int
-    carries: int
-    length: int
-    reverse: bool
-    unroll: int
-
-
-class While(NamedTuple):
-    """`lax.while_loop`: operands are the condition's constants, the body's constants, then the carries."""
-
-    condition: Body
-    body: Body
-    condition_constants: int
-    body_constants: int
-
-
-class Branches(NamedTuple):
-    """`lax.cond` / `lax.switch`: operand 0 is the index."""
-
-    bodies: tuple[Body, ...]
-
-
-class Remat(NamedTuple):
-    """`jax.checkpoint`."""
-
-    body: Body
-    policy: Callable | None
-    prevent_cse: bool
-
-
-class CustomRule(NamedTuple):
-    """A function with its user's own derivative, which is kept."""
-
-    body: Body
-    forward: bool  # a custom JVP; else a custom VJP
-
-
-class Manual(NamedTuple):
-    """`jax.shard_map`."""
-
-    body: Body
-    mesh: Any
-    in_specs: tuple
-    out_specs: tuple
-    axis_names: frozenset
-    check_vma: bool
-
-
-class Opaque(NamedTuple):
-    """An equation with programs inside that cannot be entered."""
-
-    bodies: tuple[Body, ...]
-
-
-Subprogram = Inline | Loop | While | Branches | Remat | CustomRule | Manual | Opaque
 
 
 def trace(fn: Callable, *args) -> tuple[Body, Any]:
@@ -324,6 +256,42 @@ def rebind(eqn: Eqn, *operands) -> list:
     """Issue an equation again, unchanged, with its custom rules, effects and shardings."""
     out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def issue(eqn: Eqn, operands: Sequence) -> list:
+    """Issue an equation again, unchanged, under its name scopes, traceback and configuration."""
+    outs = _copied(eqn, operands) if eqn.primitive in ORDINARY and not eqn.effects else None
+    if outs is None:
+        with Context(eqn):
+            outs = rebind(eqn, *operands)
+    return outs
+
+
+def _copied(eqn: Eqn, operands: Sequence) -> list | None:
+    """Return the outputs of an equation copied into the program being traced, a fifth of the work of binding it.
+
+    None where no program is being traced (or one is transformed), or an operand is of another type than it was.
+    """
+    info = eqn.source_info
+    around = source_info_util.current_name_stack()
+    if around.stack:
+        info = info.replace(name_stack=around + info.name_stack)
+    tracers: list[Any] = []
+    with jex.take_current_trace() as trace:
+        for v, x in zip(eqn.invars, operands, strict=True):
+            if isinstance(v, Literal):
+                tracers.append(None)
+            elif is_staged(x) and x._trace is trace and (x.aval is v.aval or x.aval == v.aval):
+                tracers.append(x)
+            else:
+                return None
+        if all(x is None for x in tracers):
+            return None
+        for n, v in enumerate(eqn.invars):
+            if tracers[n] is None:
+                tracers[n] = partial_eval.DynamicJaxprTracer(trace, v.aval, v, info)
+        types = [v.aval for v in eqn.outvars]
+        return trace.emit_eqn(tracers, types, eqn.primitive, eqn.params, eqn.effects, info, eqn.ctx)
 
 
 class Context:
