@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxq.lowering import forms
 from jaxq.lowering.codes import signed
+from jaxq.lowering.dequantize import joint_scale
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Conv
 
@@ -25,7 +26,7 @@ def integer_conv(op: Conv, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Arr
         acc = acc - _kernel(op, zb) * _sums(op, a, jnp.ones_like(b))
     if za is not None and zb is not None:
         acc = acc + _image(op, za) * _kernel(op, zb) * _sums(op, inside, jnp.ones_like(b))
-    return acc, lax.mul(_image(op, lhs.scale), _kernel(op, rhs.scale))
+    return acc, joint_scale(_image(op, lhs.scale), _kernel(op, rhs.scale), acc.shape)
 
 
 def _sums(op: Conv, a: jax.Array, b: jax.Array) -> jax.Array:

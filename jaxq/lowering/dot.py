@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxq.lowering import forms, nibbles
 from jaxq.lowering.codes import signed
-from jaxq.lowering.dequantize import dequantize
+from jaxq.lowering.dequantize import dequantize, joint_scale
 from jaxq.numbers.qarray import QArray
 from jaxq.programs.ops import Dot
 
@@ -24,7 +24,7 @@ def integer_dot(op: Dot, lhs: QArray, rhs: QArray) -> tuple[jax.Array, jax.Array
     acc = _sums(op, a, b) if side is None else nibbles.sums(op, side, stored[side], (b, a)[side], _sums)
     acc = less_zero_points(op, acc, (a, za), (b, zb))
     ranks = (lhs.ndim, rhs.ndim)
-    return acc, lax.mul(to_output(op, lhs.scale, 0, ranks), to_output(op, rhs.scale, 1, ranks))
+    return acc, joint_scale(to_output(op, lhs.scale, 0, ranks), to_output(op, rhs.scale, 1, ranks), acc.shape)
 
 
 def _sums(op: Dot, a: jax.Array, b: jax.Array) -> jax.Array:
