@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.lowering.patches import tap_lengths, tap_of
+from jaxq.numbers.blocks import hide
 from jaxq.programs.ops import Conv
 
 MOST_TAPS = 128
@@ -33,6 +34,8 @@ def convolve(op: Conv, image: jax.Array, kernel: jax.Array, then) -> jax.Array:
     out, into, *window = op.rhs_spec
     x = lax.transpose(image, (batch, *spatial, feature))
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in op.padding), (0, 0, 0)))
+    # Kept: a slice that padding does not reach would be what was padded, computed for it once more.
+    x = hide(x)
     weights = lax.transpose(kernel, (*window, into, out)).astype(jnp.int16)
     channels, copies = x.shape[-1], kernel.shape[out] // x.shape[-1]
     lengths = tap_lengths(op, x, [kernel.shape[axis] for axis in window])
