@@ -17,7 +17,7 @@ from bench_large import large
 from bench_models import DEEP, MODELS, Model, trained, training_step
 from bench_peers import LEARNING_RATE, attempt, onnx_inference, qwix_inference, qwix_training
 from bench_tables import Settings, Table, relative_size, relative_time, speed_up
-from variants import VARIANTS, call_of
+from variants import VARIANTS, call_of, serving
 
 
 def example(name: str) -> tuple[Model, Any, jax.Array, jax.Array]:
@@ -101,6 +101,26 @@ def held(step: Callable, *arguments: Any) -> int:
 
 
 # Tracing and import
+
+
+def compiling(settings: Settings) -> Table:
+    """Measure how long XLA takes to compile a model's program for this device, with static ranges and without."""
+    rows = []
+    for name in settings.models:
+        model, params, x, _ = example(name)
+        programs = {"float32": (jax.jit(model.apply), params)}
+        programs |= {v: serving(model, v, params, x) for v in ("int8 static", "int8 dynamic")}
+        lowered = {}
+
+        def lower(programs=programs, lowered=lowered, x=x) -> None:
+            """Lower again: what was compiled once is not compiled again."""
+            jax.clear_caches()
+            lowered.update({v: program.lower(weights, x) for v, (program, weights) in programs.items()})
+
+        calls = {v: lambda v=v, lowered=lowered: lowered[v].compile() for v in programs}
+        blocks = timing.interleave(calls, rounds=settings.rounds, block=1, before=lower, warm_up=0)
+        rows += [relative_time(name, v, blocks, "float32") for v in programs if v != "float32"]
+    return Table("Compiling", "time / float32 time (less is better)", "float32", rows)
 
 
 def tracing(settings: Settings) -> Table:
@@ -188,9 +208,28 @@ def depthwise(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups)
 
 
+def convolution(layout: tuple[str, str, str], padding: Any = "SAME") -> Callable:
+    """Return a convolution of `(kernel, x)` in a layout, with a stride of one."""
+
+    def convolve(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        strides = (1,) * (x.ndim - 2)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+    return convolve
+
+
 def operations(settings: Settings) -> Table:
     """Measure operations that compilers are slow at, with quantize and dequantize around them."""
+    nhwc, nchw = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
+    line, volume = ("NWC", "WIO", "NWC"), ("NDHWC", "DHWIO", "NDHWC")
+    wide = [(4, 4), (4, 4)]
     programs = {
+        "3x3, [8,32,32,64] to 64": (convolution(nhwc), (3, 3, 64, 64), (8, 32, 32, 64)),
+        "3x3, [8,64,32,32] to 64, channels first": (convolution(nchw), (64, 64, 3, 3), (8, 64, 32, 32)),
+        "3x3, [8,32,32,64] to 64, padded by 4": (convolution(nhwc, wide), (3, 3, 64, 64), (8, 32, 32, 64)),
+        "of 5, [8,512,64] to 64": (convolution(line), (5, 64, 64), (8, 512, 64)),
+        "3x3x3, [2,16,16,16,32] to 32": (convolution(volume), (3, 3, 3, 32, 32), (2, 16, 16, 16, 32)),
+        "7x7, [8,96,96,3] to 32": (convolution(nhwc), (7, 7, 3, 32), (8, 96, 96, 3)),
         "depthwise 3x3, [8,48,48,48]": (depthwise, (3, 3, 1, 48), (8, 48, 48, 48)),
         "depthwise 3x3, [8,12,12,192]": (depthwise, (3, 3, 1, 192), (8, 12, 12, 192)),
         "one row, [1,4096] x [4096,4096]": (lambda w, x: x @ w, (4096, 4096), (1, 4096)),
@@ -213,6 +252,7 @@ MEASUREMENTS = {
     "training": training,
     "memory": memory,
     "tracing": tracing,
+    "compiling": compiling,
     "import": import_time,
     "arrays": arrays,
     "clustering": clustering,

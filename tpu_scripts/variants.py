@@ -27,11 +27,15 @@ def plan_of(model: Model, variant: str, params: Any, x: Any) -> jaxq.Plan:
     )
 
 
-def call_of(model: Model, variant: str, params: Any, x: jax.Array) -> Callable[[], jax.Array]:
-    """Convert the weights, calibrate if static, and return a call of the compiled program."""
+def serving(model: Model, variant: str, params: Any, x: jax.Array) -> tuple[Callable, Any]:
+    """Convert the weights, calibrate if static, and return the program, to be compiled, and what it takes for them."""
     plan = jaxq.make_plan(model.apply, VARIANTS[variant])(params, x)
     if plan.unobserved():
         plan = jaxq.calibrate(model.apply, plan, progress=False)(params, [x])
-    converted = jaxq.convert(model.apply, plan)(params, x)
-    serve = jax.jit(jaxq.quantize(model.apply, plan))
+    return jax.jit(jaxq.quantize(model.apply, plan)), jaxq.convert(model.apply, plan)(params, x)
+
+
+def call_of(model: Model, variant: str, params: Any, x: jax.Array) -> Callable[[], jax.Array]:
+    """Return a call of the compiled program."""
+    serve, converted = serving(model, variant, params, x)
     return lambda: serve(converted, x)
