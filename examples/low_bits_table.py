@@ -1,0 +1,125 @@
+"""Turn what `low_bits.py` left in a folder into a Markdown table, a plot of bits against accuracy, and curves.
+
+    python examples/low_bits_table.py FOLDER --out examples/results
+
+Writes low_bits.md, low_bits.png and low_bits_curves.png. Means and standard deviations are over seeds.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+ORDER = ("8", "4", "2", "1", "k-means 32")
+Groups = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def grouped(folder: Path) -> Groups:
+    """Read the runs, by task and bits, those of more bits first."""
+    groups: Groups = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        groups[result["task"], result["bits"]].append(result)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1]))))
+
+
+def percent(values: Sequence[float]) -> str:
+    return f"{100 * mean(values):.2f} ± {100 * pstdev(values):.2f}"
+
+
+def table(groups: Groups, command: str) -> str:
+    """Return the table, with what was used."""
+    first = next(iter(groups.values()))[0]
+    lines = [
+        "# Few bits, trained",
+        "",
+        f"`{command}`, then `python examples/low_bits_table.py FOLDER`.",
+        "",
+        f"jaxq {first['jaxq']}, JAX {first['jax']}, {first['device']}; test accuracy in percent, mean and standard "
+        "deviation over seeds; points: quantized less float, the mean over seeds. Served logits are those of training "
+        "bit for bit in every run, or the run fails.",
+        "",
+        "| task | bits | parameters | epochs, float + QAT | seeds | float | quantized | points |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for (task, bits), results in groups.items():
+        before, after = ([r[key] for r in results] for key in ("float", "quantized"))
+        points = 100 * mean(b - a for a, b in zip(before, after, strict=True))
+        seeds = ", ".join(str(r["seed"]) for r in results)
+        epochs = " + ".join(map(str, results[0]["epochs"]))
+        cells = (
+            task,
+            bits,
+            f"{results[0]['parameters']:,}",
+            epochs,
+            seeds,
+            percent(before),
+            percent(after),
+            f"{points:+.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(groups: Groups, out: Path) -> None:
+    """Draw accuracy against bits, and accuracy against epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for color, task in zip(plt.cm.tab10.colors, tasks, strict=False):
+        found = {bits: results for (name, bits), results in groups.items() if name == task and bits in ORDER[:4]}
+        if not found:
+            continue
+        means = [100 * mean(r["quantized"] for r in results) for results in found.values()]
+        spread = [100 * pstdev([r["quantized"] for r in results]) for results in found.values()]
+        axis.errorbar(range(-len(found), 0), means, spread, color=color, marker="o", capsize=3, label=task)
+        axis.axhline(100 * mean(r["float"] for rs in found.values() for r in rs), color=color, ls=":", lw=1)
+    axis.set_xticks(range(-4, 0), ORDER[:4])
+    axis.set(xlabel="bits of weights and activations (dotted: float)", ylabel="test accuracy, %")
+    axis.legend()
+    figure.savefig(out / "low_bits.png", dpi=120)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for (name, bits), results in groups.items():
+            if name == task:
+                curves = [r["curve"] if bits == "1" else r["float_curve"] + r["curve"] for r in results]
+                values = [100 * mean(column) for column in zip(*curves, strict=True)]
+                axis.plot(
+                    range(1, len(values) + 1), values, marker=".", label=f"{bits} bits" if bits.isdigit() else bits
+                )
+        axis.set(title=task, xlabel="epoch", ylabel="test accuracy, %")
+        axis.legend(fontsize=8)
+    figure.savefig(out / "low_bits_curves.png", dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the table and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("examples/results"))
+    parser.add_argument(
+        "--command", default="python examples/low_bits.py --out FOLDER", help="to be named in the table"
+    )
+    options = parser.parse_args(argv)
+    groups = grouped(options.folder)
+    if not groups:
+        parser.error(f"no runs (*.json) in {options.folder}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = table(groups, options.command)
+    (options.out / "low_bits.md").write_text(text)
+    print(text)
+    draw(groups, options.out)
+
+
+if __name__ == "__main__":
+    main()
