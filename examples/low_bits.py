@@ -31,7 +31,7 @@ import jaxq
 from datasets import load
 from train_qat import cross_entropy
 
-RATE, QAT_RATE, STEP_RATE = 3e-3, 1e-3, 1e-3  # of weights in float, in QAT; of learned steps, relative to a step
+RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
 EVALUATION_BATCH = 500
 SAMPLES = 256  # that learned steps start from
 FLOAT = "float"
@@ -51,10 +51,10 @@ class ConvNet(nn.Module):
             return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
 
         for i, width in enumerate((32, 64, 64)):
-            x = nn.Conv(width, (3, 3), padding="VALID" if x.shape[1] > 8 else "SAME", use_bias=False, name=f"conv_{i}")(
+            x = nn.Conv(width, (3, 3), padding="VALID" if x.shape[1] > 4 else "SAME", use_bias=False, name=f"conv_{i}")(
                 x
             )
-            x = nn.max_pool(x, (2, 2), (2, 2)) if i < 2 else x
+            x = nn.avg_pool(x, (2, 2), (2, 2)) if i < 2 else x
             x = self.activate(normed(x))
         x = self.activate(normed(nn.Dense(64, use_bias=False, name="dense")(x.reshape(len(x), -1))))
         return nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(10, use_bias=False, name="head")(x))
