@@ -10,6 +10,7 @@ same program is interpreted again with quantize, dequantize and integer kernels 
 
 from jaxq.decisions.decision import Decision as Decision
 from jaxq.decisions.decision import Fed as Fed
+from jaxq.decisions.labels import labels as labels
 from jaxq.decisions.plan import Plan as Plan
 from jaxq.decisions.recipes import Uniform as Uniform
 from jaxq.decisions.recipes import w8a8 as w8a8
@@ -21,6 +22,7 @@ from jaxq.integer.program import IntegerProgram as IntegerProgram
 from jaxq.integer.program import integer as integer
 from jaxq.interpretation.calibrate import calibrate as calibrate
 from jaxq.interpretation.convert import convert as convert
+from jaxq.interpretation.dampening import dampening as dampening
 from jaxq.interpretation.transforms import make_plan as make_plan
 from jaxq.interpretation.transforms import observe as observe
 from jaxq.interpretation.transforms import qat as qat
@@ -65,6 +67,9 @@ from jaxq.numbers.catalog import nvfp4 as nvfp4
 from jaxq.numbers.catalog import ternary as ternary
 from jaxq.numbers.catalog import uint8 as uint8
 from jaxq.numbers.clustering import k_means_quantize as k_means_quantize
+from jaxq.numbers.estimators import EWGS as EWGS
+from jaxq.numbers.estimators import ApproxSign as ApproxSign
+from jaxq.numbers.estimators import HardTanh as HardTanh
 from jaxq.numbers.fits import DKM as DKM
 from jaxq.numbers.fits import MSE as MSE
 from jaxq.numbers.fits import Entropy as Entropy

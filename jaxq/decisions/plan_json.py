@@ -12,6 +12,7 @@ from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
 from jaxq.decisions.scheme import Backward, Scheme
 from jaxq.numbers import spec
 from jaxq.numbers.calibrators import Calibrator
+from jaxq.numbers.estimators import Estimator
 from jaxq.numbers.fits import Fit
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.scaling import Scaling
@@ -19,7 +20,7 @@ from jaxq.programs import soundness
 from jaxq.programs.sites import Operand, Site
 
 VERSION = 2
-RULES = (*typing.get_args(Calibrator), *typing.get_args(Fit), *typing.get_args(Scaling))
+RULES = (*(rule for kind in (Calibrator, Estimator, Fit, Scaling) for rule in typing.get_args(kind)),)
 TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
 
 

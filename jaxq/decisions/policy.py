@@ -60,7 +60,7 @@ def _by_glob(rules: Mapping[str, Any], sites: Sequence[Site]) -> list[Choice]:
     for pattern in rules:
         if not isinstance(pattern, str):
             raise TypeError(f"a policy's keys are globs on site names, got {pattern!r}")
-        rulings[pattern] = [n for n, site in enumerate(sites) if _matches(site.name, pattern)]
+        rulings[pattern] = [n for n, site in enumerate(sites) if matches(site.name, pattern)]
         for n in rulings[pattern]:
             firsts[n] = firsts[n] or pattern
     _check_globs(rulings, firsts, sites)
@@ -70,17 +70,17 @@ def _by_glob(rules: Mapping[str, Any], sites: Sequence[Site]) -> list[Choice]:
     ]
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name may look like a glob: `layers[0]`
 
 
 def _check_globs(rulings: dict[str, list[int]], firsts: list[str | None], sites: Sequence[Site]) -> None:
     names = ", ".join(site.name for site in sites) or "(none)"
-    for pattern, matches in rulings.items():
-        if not matches:
+    for pattern, hits in rulings.items():
+        if not hits:
             raise ValueError(f"policy pattern '{pattern}' matches no site; sites are: {names}")
-        if matches and not any(firsts[n] == pattern for n in matches):
-            owners = sorted({str(firsts[n]) for n in matches})
+        if hits and not any(firsts[n] == pattern for n in hits):
+            owners = sorted({str(firsts[n]) for n in hits})
             warnings.warn(
                 f"policy pattern '{pattern}' decides nothing: its sites match {', '.join(owners)} first", stacklevel=2
             )

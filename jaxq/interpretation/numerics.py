@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -22,10 +23,11 @@ from jaxq import lowering
 from jaxq.decisions.scheme import Backward
 from jaxq.interpretation import backward
 from jaxq.lowering import matrices
-from jaxq.numbers import codebooks, codecs, learning
+from jaxq.numbers import codebooks, codecs, estimators, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
-from jaxq.numbers.blocks import hide
+from jaxq.numbers.blocks import hide, spread
 from jaxq.numbers.calibrators import Leaf, Range
+from jaxq.numbers.estimators import EWGS
 from jaxq.numbers.fits import DKM
 from jaxq.numbers.formats import Codebook
 from jaxq.numbers.parameters import Parameters
@@ -114,9 +116,22 @@ def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.A
     ranges = hide(ranges)
     keys = _keys(key, len(operands))
     coded = tuple(_coded(task, n, x, ranges[n], keys[n]) for n, x in enumerate(operands))
+    operands = tuple(map(_estimated, task.quantizers, operands, coded))
     if task.backward is not None and not any(isinstance(x, QArray) for x in operands):
         return _trained(task, operands, coded, ranges, rest, key)
     return _product(task, operands, coded, ranges, rest)
+
+
+def _estimated(quantizer: Quantizer | None, x: Any, q: QArray | None) -> Any:
+    """Return an operand whose gradient is what its quantizer's estimator makes of it."""
+    if quantizer is None or quantizer.estimator is None or isinstance(x, QArray):
+        return x
+    error = jnp.zeros((), jnp.float32)
+    if isinstance(quantizer.estimator, EWGS):
+        low, high = quantizer.bounds()
+        whole = lax.sub(lax.convert_element_type(x, jnp.float32), q.decode(jnp.float32))
+        error = lax.stop_gradient(whole / (spread(q.scale, q.shape) * np.float32(high - low)))
+    return estimators.shaped(quantizer.estimator, x, error)
 
 
 def _keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -140,7 +155,10 @@ def _coded(task: Task, number: int, x, r: Leaf | None, key: jax.Array | None) ->
 @functools.partial(jax.jit, static_argnums=0)
 def round_output(quantizer: Quantizer, y: jax.Array, r: Range | None) -> jax.Array:
     """Return a site's output as its quantizer has it, one scale for all of it: straight through towards `y`."""
-    return _rounded(quantizer, y, hide(r))
+    r = hide(r)
+    if quantizer.estimator is not None:
+        y = _estimated(quantizer, y, _output_codes(quantizer, lax.stop_gradient(y), r))
+    return _rounded(quantizer, y, r)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

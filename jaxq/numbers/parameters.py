@@ -31,19 +31,27 @@ class Parameters(NamedTuple):
     count: Any
 
 
+LSQ, PACT = "lsq", "pact"
+
+
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """Parameters are leaves of the plan: the best for the first array seen, then whatever training makes of them.
 
-    frozen: of codebooks, values stay with the centroids that they had at first.
+    frozen: of codebooks, values stay with the centroids that they had at first. rule: of integers, how steps learn.
 
     >>> import jaxq
     >>> jaxq.kmeans(16, calibrator=jaxq.learned())
-    codebook of 16 per tensor static (Learned(frozen=False))
+    codebook of 16 per tensor static (Learned(frozen=False, rule='lsq'))
     """
 
     frozen: bool = False
+    rule: str = LSQ
     histogram = False
+
+    def __post_init__(self):
+        if self.rule not in (LSQ, PACT):
+            raise ValueError(f"rule= of learned steps is 'lsq' or 'pact', got {self.rule!r}")
 
     def update(self, old: Parameters, new: Parameters) -> Parameters:
         """Return the parameters as they were, or as they are seen now for the first time."""
@@ -51,13 +59,15 @@ class Learned:
         return first(old, new._replace(value=value))._replace(count=old.count + new.count)
 
 
-def learned(*, frozen: bool = False) -> Learned:
+def learned(*, frozen: bool = False, rule: str = LSQ) -> Learned:
     """Make a calibrator whose parameters are trained: differentiate by the plan, `optax` over `(plan, params)`.
 
     Of a codebook these are its centroids, of integers their steps (LSQ; LSQ+ where there are zero points, TQT where
     steps are powers of two). Values are assigned to centroids anew at every call. frozen: of a codebook, only the
     centroids are trained, and every value stays with its own (Han et al. 2016, section 3.3): parameters are a pair, the
-    centroids and what they were at first, by which values are assigned, and no gradient goes on to the values.
+    centroids and what they were at first, by which values are assigned, and no gradient goes on to the values. rule: of
+    integers, "lsq" or "pact", by which only what is clipped moves a step (Choi et al. 2018, eq. 3); its L2 penalty is
+    `optax.add_decayed_weights` on the steps. Raises `ValueError` for other rules.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -67,7 +77,7 @@ def learned(*, frozen: bool = False) -> Learned:
     >>> gradient.range("w")[1].value.tolist()  # the sums over what the centroids stand for
     [[[2.0, 1.0]]]
     """
-    return Learned(frozen)
+    return Learned(frozen, rule)
 
 
 def first(a: Parameters, b: Parameters) -> Parameters:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from jaxq.numbers import blocks, codecs
 from jaxq.numbers.calibrators import Calibrator, MinMax, OverflowRate
+from jaxq.numbers.estimators import EWGS, Estimator
 from jaxq.numbers.fits import DKM, MSE, Entropy, Fit, MeanAbs, Octav
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Format, Int, Integers, Levels, Ternary, vector_length
-from jaxq.numbers.parameters import Learned
+from jaxq.numbers.parameters import PACT, Learned
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.rounding import NearestEven, Stochastic
 from jaxq.numbers.scaling import Microscale, Scaling
@@ -31,6 +32,7 @@ class Quantizer:
     plan, filled by `observe` / `calibrate` (static). fit: how a dynamic range is chosen; None covers all values.
     power_of_two: scales are rounded up to powers of two, so that rescaling is a shift. scaling: how scales themselves
     are stored (see `scaling`). rounding: of integers, to nearest or `Stochastic()`; `Fixed` has one of its own.
+    estimator: what the gradient of a rounding is in `qat`; None passes it straight through where nothing is clipped.
 
     >>> import jaxq
     >>> jaxq.int8(), jaxq.int4(group=128), jaxq.uint8(per_tensor=True)
@@ -47,6 +49,7 @@ class Quantizer:
     power_of_two: bool = False
     scaling: Scaling | None = None
     rounding: NearestEven | Stochastic = NearestEven()
+    estimator: Estimator | None = None
 
     def __post_init__(self):
         if not isinstance(self.format, Format):
@@ -67,6 +70,7 @@ class Quantizer:
         self._check_format()
         self._check_calibrator()
         self._check_scaling()
+        self._check_estimator()
 
     def _check_codebook(self) -> None:
         """Raise for what only codebooks, or only those of single numbers, can do."""
@@ -117,6 +121,17 @@ class Quantizer:
                 f"scales {self.scaling} follow a rule of their own: drop fit=, power_of_two= and symmetric="
             )
 
+    def _check_estimator(self) -> None:
+        """Raise for what is no estimator, or one that this format has no use for."""
+        if self.estimator is not None and not isinstance(self.estimator, Estimator):
+            raise TypeError(
+                f"estimator= takes jaxq.EWGS(), jaxq.HardTanh() or jaxq.ApproxSign(), got {self.estimator!r}"
+            )
+        if isinstance(self.estimator, EWGS) and not isinstance(self.format, Int):
+            raise ValueError(f"EWGS() scales by the rounding error of integers: drop estimator= for {self.format}")
+        if self.estimator is not None and isinstance(self.fit, DKM):
+            raise ValueError("dkm() has a gradient of its own: drop estimator=")
+
     def _check_calibrator(self) -> None:
         """Raise for a calibrator that a format has no use for."""
         if isinstance(self.format, (Fixed, Binary, Ternary)) and self.static:
@@ -131,6 +146,8 @@ class Quantizer:
             raise ValueError(
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
+        if isinstance(self.calibrator, Learned) and self.calibrator.rule == PACT and not isinstance(self.format, Int):
+            raise ValueError(f"rule='pact' learns where integers clip, {self.format} has centroids: drop rule=")
         if self.learned and self.stochastic:
             raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
         if self.learned and (not isinstance(self.format, (Codebook, Int)) or self.scaling is not None):
@@ -226,6 +243,7 @@ class Quantizer:
         words += ["power of two"] if self.power_of_two else []
         words += [str(self.scaling)] if self.scaling else []
         words += ["rounded stochastically"] if self.stochastic else []
+        words += [repr(self.estimator)] if self.estimator else []
         return " ".join(words)
 
 

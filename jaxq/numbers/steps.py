@@ -6,7 +6,8 @@
 The parameter is a step, used by its absolute value, so that steps stay positive wherever training takes them; and with
 a zero point the lowest value too, which moves all that is clipped below (Bhalgat et al. 2020, eq. 5 and 6). Gradients
 are scaled by `1 / sqrt(n Q)`, n values sharing a step and Q being the largest code (LSQ, section 2.2). Rounding up to a
-power of two is passed straight through, in the logarithm (TQT, Jain et al. 2020, eq. 6).
+power of two is passed straight through, in the logarithm (TQT, Jain et al. 2020, eq. 6). By PACT's rule only what is
+clipped counts, unscaled: the derivative of the clipping, without that of the rounding (Choi et al. 2018, eq. 3).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jax import lax
 from jaxq.numbers import affine, blocks, codecs
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.fits import MSE
+from jaxq.numbers.parameters import PACT, Learned
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -57,17 +59,20 @@ def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
 
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
     """Return how the decoded array moves with the steps and, where it is clipped, with the lowest values."""
+    assert isinstance(quantizer.calibrator, Learned), "only learned steps move"
     (step, _), (longer, higher) = _parts(quantizer, value), _parts(quantizer, change)
     units = lax.div(lax.convert_element_type(x, jnp.float32), _spread(q.scale, x))
     low, high = (_end(quantizer, q, x, end) for end in quantizer.bounds())
     kept = lax.bitwise_and(lax.ge(units, low), lax.le(units, high))
     steps = lax.sub(_end(quantizer, q, x, q.codes), lax.select(kept, units, _origin(quantizer, low)))
+    pact = quantizer.calibrator.rule == PACT
+    steps = lax.select(kept, lax.full_like(steps, 0), steps) if pact else steps
     # The step in use over the parameter: its sign, and how far it was rounded up.
     ratio = lax.select(lax.eq(step, np.float32(0)), lax.full_like(step, 1), lax.div(q.scale, step))
     moved = lax.mul(steps, _spread(lax.mul(ratio, longer), x))
     if higher is not None:
         moved = lax.add(moved, lax.select(kept, lax.full_like(moved, 0), _spread(higher, x)))
-    return lax.convert_element_type(lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)
+    return lax.convert_element_type(moved if pact else lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)
 
 
 def _end(quantizer: Quantizer, q: QArray, x: jax.Array, codes: Any) -> jax.Array:

@@ -1,0 +1,49 @@
+"""Labels for the leaves of a plan, by which optax trains each kind in its own way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxq.decisions.plan import Plan
+from jaxq.decisions.policy import matches
+from jaxq.numbers.calibrators import Leaf
+from jaxq.numbers.parameters import Parameters
+
+
+def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: str = "fixed") -> Plan:
+    """Return a plan of strings: for `optax.multi_transform`, which trains every label by a transformation of its own.
+
+    learned: the label of what is learned (steps, centroids), or labels by globs on site names, the first match wins;
+    fixed: that of the rest (measured ranges, counts of observations), whose gradient is zero and which a weight decay
+    would change: `optax.set_to_zero()` keeps it. Raises `ValueError` for a plan that learns nothing, for a glob that
+    matches no site with learned parameters, and for such a site that no glob matches.
+
+    >>> import jax, jax.numpy as jnp, jaxq, optax
+    >>> f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.ones((4, 2))}, jnp.ones((1, 4))
+    >>> _, plan = jaxq.observe(f, jaxq.weight_only(jaxq.int4(calibrator=jaxq.learned())))(params, x)
+    >>> kinds = {"learned": optax.adam(1e-4), "fixed": optax.set_to_zero(), "weights": optax.adamw(1e-3)}
+    >>> optimizer = optax.multi_transform(kinds, (jaxq.labels(plan), {"w": "weights"}))
+    >>> state = optimizer.init((plan, params))
+    """
+    found = [
+        name
+        for name, site in zip(plan.names, plan.ranges, strict=True)
+        if any(isinstance(leaf, Parameters) for leaf in site)
+    ]
+    if not found:
+        raise ValueError("nothing is learned in this plan: give a quantizer calibrator=jaxq.learned()")
+    rules = {"*": learned} if isinstance(learned, str) else dict(learned)
+    chosen = {name: next((label for glob, label in rules.items() if matches(name, glob)), None) for name in found}
+    if idle := [glob for glob in rules if not any(matches(name, glob) for name in found)]:
+        raise ValueError(f"no site with learned parameters matches {', '.join(idle)}; they are: {', '.join(found)}")
+    if missed := [name for name, label in chosen.items() if label is None]:
+        raise ValueError(f"no label for {', '.join(missed)}: add a glob, such as '*', after the others")
+
+    def labelled(name: str, leaf: Leaf | None) -> Any:
+        if not isinstance(leaf, Parameters):
+            return jax.tree.map(lambda _: fixed, leaf)
+        return Parameters(jax.tree.map(lambda _: chosen[name], leaf.value), fixed)
+
+    pairs = zip(plan.names, plan.ranges, strict=True)
+    return Plan(plan.decisions, tuple(tuple(labelled(name, leaf) for leaf in site) for name, site in pairs))
