@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import datasets
 import integer_only
+import low_bits
+import low_bits_table
 import train_qat
 from hlo import count_ops
 from models import MODELS, init_linen, init_nnx
@@ -281,6 +283,17 @@ def test_the_example_runs(tmp_path, capsys, options):
         assert counts["float_dots"] == counts["float_convs"] == 0
     printed = capsys.readouterr().out
     assert "conv_0" in printed and "latency of 64 images" in printed
+
+
+@pytest.mark.long
+def test_the_example_of_few_bits_runs_and_is_drawn(tmp_path, capsys):
+    options = ["--bits", "2", "--epochs", "1", "--qat-epochs", "1", "--out", str(tmp_path / "runs")]
+    (result,) = low_bits.main(options)
+    assert result["bits"] == "2" and 0 <= result["quantized"] <= 1 and len(result["curve"]) == 1
+    assert low_bits.main(options) == [result]  # read back, not run again
+    low_bits_table.main([str(tmp_path / "runs"), "--out", str(tmp_path)])
+    assert "| digits | 2 |" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.glob("low_bits*")} == {"low_bits.md", "low_bits.png", "low_bits_curves.png"}
 
 
 @pytest.mark.long
