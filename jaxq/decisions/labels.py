@@ -26,11 +26,8 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
     >>> optimizer = optax.multi_transform(kinds, (jaxq.labels(plan), {"w": "weights"}))
     >>> state = optimizer.init((plan, params))
     """
-    found = [
-        name
-        for name, site in zip(plan.names, plan.ranges, strict=True)
-        if any(isinstance(leaf, Parameters) for leaf in site)
-    ]
+    pairs = list(zip(plan.names, plan.ranges, strict=True))
+    found = [name for name, site in pairs if any(isinstance(leaf, Parameters) for leaf in site)]
     if not found:
         raise ValueError("nothing is learned in this plan: give a quantizer calibrator=jaxq.learned()")
     rules = {"*": learned} if isinstance(learned, str) else dict(learned)
@@ -45,5 +42,4 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
             return jax.tree.map(lambda _: fixed, leaf)
         return Parameters(jax.tree.map(lambda _: chosen[name], leaf.value), fixed)
 
-    pairs = zip(plan.names, plan.ranges, strict=True)
     return Plan(plan.decisions, tuple(tuple(labelled(name, leaf) for leaf in site) for name, site in pairs))

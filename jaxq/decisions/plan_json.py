@@ -20,7 +20,7 @@ from jaxq.programs import soundness
 from jaxq.programs.sites import Operand, Site
 
 VERSION = 2
-RULES = (*(rule for kind in (Calibrator, Estimator, Fit, Scaling) for rule in typing.get_args(kind)),)
+RULES = tuple(rule for kind in (Calibrator, Estimator, Fit, Scaling) for rule in typing.get_args(kind))
 TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
 
 

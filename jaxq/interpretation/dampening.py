@@ -57,5 +57,5 @@ def _error(q: QArray, w: Any) -> jax.Array:
     if not isinstance(q.format, Integers):
         return error
     # Half a step, and what the rounding of a product adds to it.
-    reach = np.float32(0.5 + 2.0**-12) * jnp.broadcast_to(spread(q.real_scale(), q.shape), q.shape)
+    reach = np.float32(0.5 + 2.0**-12) * spread(q.real_scale(), q.shape)
     return jnp.where(lax.abs(error) <= reach, error, 0)

@@ -59,20 +59,19 @@ def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
 
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
     """Return how the decoded array moves with the steps and, where it is clipped, with the lowest values."""
-    assert isinstance(quantizer.calibrator, Learned), "only learned steps move"
     (step, _), (longer, higher) = _parts(quantizer, value), _parts(quantizer, change)
     units = lax.div(lax.convert_element_type(x, jnp.float32), _spread(q.scale, x))
     low, high = (_end(quantizer, q, x, end) for end in quantizer.bounds())
     kept = lax.bitwise_and(lax.ge(units, low), lax.le(units, high))
-    steps = lax.sub(_end(quantizer, q, x, q.codes), lax.select(kept, units, _origin(quantizer, low)))
-    pact = quantizer.calibrator.rule == PACT
-    steps = lax.select(kept, lax.full_like(steps, 0), steps) if pact else steps
+    rounded = _end(quantizer, q, x, q.codes)
+    inner = rounded if _is_pact(quantizer) else units
+    steps = lax.sub(rounded, lax.select(kept, inner, _origin(quantizer, low)))
     # The step in use over the parameter: its sign, and how far it was rounded up.
     ratio = lax.select(lax.eq(step, np.float32(0)), lax.full_like(step, 1), lax.div(q.scale, step))
     moved = lax.mul(steps, _spread(lax.mul(ratio, longer), x))
     if higher is not None:
         moved = lax.add(moved, lax.select(kept, lax.full_like(moved, 0), _spread(higher, x)))
-    return lax.convert_element_type(moved if pact else lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)
+    return lax.convert_element_type(lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)
 
 
 def _end(quantizer: Quantizer, q: QArray, x: jax.Array, codes: Any) -> jax.Array:
@@ -88,7 +87,15 @@ def _origin(quantizer: Quantizer, low: jax.Array) -> jax.Array:
     return lax.full_like(low, 0) if quantizer.symmetric else low
 
 
+def _is_pact(quantizer: Quantizer) -> bool:
+    assert isinstance(quantizer.calibrator, Learned), "only learned steps move"
+    return quantizer.calibrator.rule == PACT
+
+
 def _share(quantizer: Quantizer, x: jax.Array, q: QArray) -> float:
+    """Return what the gradient by a step is scaled by."""
+    if _is_pact(quantizer):
+        return 1.0
     low, high = quantizer.bounds()
     steps = high if quantizer.symmetric else high - low
     return 1 / math.sqrt(max(1, x.size // max(1, math.prod(q.grid))) * steps)
