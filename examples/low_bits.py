@@ -1,15 +1,15 @@
-"""Train image classifiers at 8, 4, 2 and 1 bits, weights and activations, and compare them with their float models.
+"""Train image classifiers at 8 bits to 1 bit, weights and activations, and compare them with their float models.
 
     python examples/low_bits.py                                        # scikit-learn's digits, 8 and 2 bits, one seed
     python examples/low_bits.py --task mnist --data DIR --bits 8,4,2,1 --seeds 3 --out FOLDER
-    python examples/low_bits.py --task mnist,fashion_mnist,perceptron,lenet --data DIR --seeds 3 --out FOLDER
+    python examples/low_bits.py --task resnet20 --data DIR --epochs 20 --qat-epochs 5 --out FOLDER
 
 Every run is three programs: a float model, the same weights trained further with `jaxq.qat` in force, and the converted
 weights served by `jaxq.quantize`, whose logits must be those of training, bit for bit. Steps are learned (LSQ), from
 the optimum for the float model. As usual in the literature the first and the last layer have 8 bits where the others
-have 4 or 2; at 1 bit all weights and all activations but the image are signs (Hubara et al. 2016). A whole training is
-one compiled program, a scan over epochs and steps. Each run leaves a JSON file in FOLDER, which `low_bits_table.py`
-turns into a table and pictures; a run that is there already is not run again.
+have 4, 3 or 2; at 1 bit all weights and all activations but the image are signs (Hubara et al. 2016). Each run leaves a
+JSON file in FOLDER, which `low_bits_table.py` turns into a table and pictures, and float models stay there too; what is
+there already is not run again.
 """
 
 import argparse
@@ -26,61 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 import jaxq
 from datasets import load
+from low_bits_models import ConvNet, Perceptron, ResNet20, Rows, sign_like
 from train_qat import cross_entropy
 
 RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
 EVALUATION_BATCH = 500
 SAMPLES = 256  # that learned steps start from
-FLOAT = "float"
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-class ConvNet(nn.Module):
-    """Three convolutions and two dense layers, BatchNorm after each; 94 k parameters on 28 x 28 pixels."""
-
-    activate: Callable
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def normed(x: jax.Array) -> jax.Array:
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-
-        for i, width in enumerate((32, 64, 64)):
-            x = nn.Conv(width, (3, 3), padding="VALID" if x.shape[1] > 4 else "SAME", use_bias=False, name=f"conv_{i}")(
-                x
-            )
-            x = nn.avg_pool(x, (2, 2), (2, 2)) if i < 2 else x
-            x = self.activate(normed(x))
-        x = self.activate(normed(nn.Dense(64, use_bias=False, name="dense")(x.reshape(len(x), -1))))
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(10, use_bias=False, name="head")(x))
-
-
-class Perceptron(nn.Module):
-    """Dense layers, BatchNorm after each if asked for."""
-
-    widths: tuple[int, ...]
-    activate: Callable
-    normalized: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = x.reshape(len(x), -1)
-        for i, width in enumerate((*self.widths, 10)):
-            x = nn.Dense(width, use_bias=not self.normalized, name="head" if i == len(self.widths) else f"dense_{i}")(x)
-            if self.normalized:
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-            x = self.activate(x) if i < len(self.widths) else x
-        return x
-
-
-def sign_like(x: jax.Array) -> jax.Array:
-    """Return hard tanh: a sign's gradient, passed straight through between -1 and 1."""
-    return jnp.clip(x, -1, 1)
+SHIFT = 4  # pixels that an augmented image is moved by, at most
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -91,20 +47,23 @@ def weights_of(bits: int) -> jaxq.Quantizer:
     return jaxq.Quantizer(jaxq.Int(bits), calibrator=jaxq.learned(), narrow=bits == 8)
 
 
-def activations_of(bits: int) -> jaxq.Quantizer:
-    """Return unsigned integers, for what comes out of a ReLU, with one learned step."""
-    return jaxq.Quantizer(jaxq.Int(bits, signed=False), per_tensor=True, calibrator=jaxq.learned())
+def activations_of(bits: int, *, signed: bool = False) -> jaxq.Quantizer:
+    """Return integers with one learned step, unsigned for what comes out of a ReLU."""
+    return jaxq.Quantizer(jaxq.Int(bits, signed=signed), per_tensor=True, calibrator=jaxq.learned())
 
 
-def policy_of(bits: str, first: str) -> dict[str, Any]:
-    """Return what is quantized at so many bits; `first` is the name of the first layer."""
+def policy_of(bits: str, first: str | None) -> dict[str, Any]:
+    """Return what is quantized at so many bits; `first`: the first layer, None where activations are signed."""
     if bits == "1":
         signs = jaxq.Scheme(weight=jaxq.binary(), act=jaxq.binary())
         return {first: jaxq.Scheme(weight=jaxq.binary(), act=activations_of(8)), "*": signs}
     if bits == "k-means 32":
         return {"*": jaxq.weight_only(jaxq.kmeans(32, calibrator=jaxq.learned()))}
-    inner = jaxq.Scheme(weight=weights_of(int(bits)), act=activations_of(int(bits)))
-    edge = jaxq.Scheme(weight=weights_of(8), act=activations_of(int(bits)))
+    weight, count = weights_of(int(bits)), int(bits)
+    if first is None:
+        return {"*": jaxq.Scheme(weight=weight, act=activations_of(count, signed=True))}
+    inner = jaxq.Scheme(weight=weight, act=activations_of(count))
+    edge = jaxq.Scheme(weight=weights_of(8), act=activations_of(count))
     return {first: jaxq.Scheme(weight=weights_of(8), act=activations_of(8)), "head": edge, "*": inner}
 
 
@@ -113,8 +72,9 @@ class Task(NamedTuple):
 
     dataset: str
     model: Callable[[Callable], nn.Module]
-    first: str
+    first: str | None
     bits: tuple[str, ...]
+    augmented: bool = False
 
 
 CONV = (ConvNet, "conv_0", ("8", "4", "2", "1"))
@@ -122,8 +82,11 @@ TASKS = {
     "digits": Task("digits", *CONV),
     "mnist": Task("mnist", *CONV),
     "fashion_mnist": Task("fashion_mnist", *CONV),
-    "perceptron": Task("mnist", lambda a: Perceptron((64, 64, 64), a, normalized=True), "dense_0", ("2", "1")),
-    "lenet": Task("mnist", lambda a: Perceptron((300, 100), a, normalized=False), "dense_0", ("k-means 32",)),
+    "perceptron": Task("mnist", partial(Perceptron, widths=(64, 64, 64), normalized=True), "dense_0", ("2", "1")),
+    "lenet": Task("mnist", partial(Perceptron, widths=(300, 100), normalized=False), "dense_0", ("k-means 32",)),
+    "rows": Task("mnist", Rows, None, ("8", "4")),
+    "digits_rows": Task("digits", Rows, None, ("8", "4")),
+    "resnet20": Task("cifar10", ResNet20, "stem", ("4", "3", "2"), augmented=True),
 }
 
 
@@ -151,13 +114,25 @@ def real(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
-def correct(predict: Callable, weights: Any, data: Data) -> tuple[jax.Array, jax.Array]:
-    """Return the share of test images that are classified right, and the logits [n, 10]."""
+def moved(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Shift every image by a few pixels and mirror half of them (He et al. 2016, section 4.2)."""
+    across, over = jax.random.split(key)
+    around = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
+    starts = jax.random.randint(across, (len(images), 2), 0, 2 * SHIFT + 1)
+    size = images.shape[1:]
+    cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), size))(jnp.pad(images, around), starts)
+    return jnp.where(jax.random.bernoulli(over, shape=(len(images), 1, 1, 1)), cut[:, :, ::-1], cut)
+
+
+def logits_of(predict: Callable, weights: Any, data: Data) -> np.ndarray:
+    """Return the logits of the test images, [n, 10]; what does not fill a batch is left out."""
     size = min(EVALUATION_BATCH, len(data.test_x))
-    count = len(data.test_x) // size
-    x = data.test_x[: count * size].reshape(count, size, *data.test_x.shape[1:])
-    logits = jax.lax.map(lambda part: predict(weights, real(part)), x).reshape(count * size, -1)
-    return jnp.mean(logits.argmax(-1) == data.test_y[: count * size]), logits
+    starts = range(0, len(data.test_x) // size * size, size)
+    return np.concatenate([predict(weights, real(data.test_x[start : start + size])) for start in starts])
+
+
+def accuracy(logits: np.ndarray, data: Data) -> float:
+    return float(np.mean(logits.argmax(-1) == np.asarray(data.test_y[: len(logits)])))
 
 
 @dataclass(frozen=True)
@@ -166,8 +141,10 @@ class Trainer:
 
     model: nn.Module
     epochs: int
+    steps: int  # of an epoch
     batch: int
     rate: float
+    augmented: bool
 
     @partial(jax.jit, static_argnums=0)
     def fresh(self, key: jax.Array, data: Data) -> Any:
@@ -177,6 +154,17 @@ class Trainer:
     def predict(self, variables: Any, x: jax.Array) -> jax.Array:
         """Return logits in evaluation mode."""
         return self.model.apply(variables, x)
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(self, plan: Any, variables: Any, x: jax.Array) -> jax.Array:
+        """Return the logits of the program that is trained."""
+        predict = self.predict if plan is None else jaxq.qat(self.predict, plan)
+        return predict(variables, x)
+
+    @partial(jax.jit, static_argnums=0)
+    def serve(self, plan: Any, converted: Any, x: jax.Array) -> jax.Array:
+        """Return the logits of the converted weights."""
+        return jaxq.quantize(self.predict, plan)(converted, x)
 
     def forward(self, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         """Return logits and BatchNorm's new statistics."""
@@ -189,9 +177,9 @@ class Trainer:
         logits, new = forward({"params": params, **stats}, x)
         return cross_entropy(logits, y), new
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformation:
         """Return Adam for the parameters and, relative to their size, for what is learned of the plan."""
-        schedule = optax.cosine_decay_schedule(1.0, steps)
+        schedule = optax.cosine_decay_schedule(1.0, self.steps * self.epochs)
 
         def adam(rate: float, *more: optax.GradientTransformation) -> optax.GradientTransformation:
             return optax.chain(optax.scale_by_adam(), *more, optax.scale_by_schedule(schedule), optax.scale(-rate))
@@ -199,50 +187,51 @@ class Trainer:
         kinds = {"plan": adam(STEP_RATE, optax.scale_by_trust_ratio()), "weights": adam(self.rate)}
         return optax.multi_transform(kinds, lambda trained: ("plan", "weights"))
 
-    @partial(jax.jit, static_argnums=0)
-    def train(self, plan: Any, variables: Any, data: Data, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, state: Any, data: Data, chosen: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+        """Return the state after the batch of the `chosen` images, and the loss on it."""
+        trained, stats, memory = state
+        x = real(data.train_x[chosen])
+        x = moved(x, key) if self.augmented else x
+        (loss, new), gradient = jax.value_and_grad(self.loss, has_aux=True)(trained, stats, x, data.train_y[chosen])
+        updates, memory = self.optimizer().update(gradient, memory, trained)
+        return (optax.apply_updates(trained, updates), new, memory), loss
+
+    def train(self, plan: Any, variables: Any, data: Data, key: jax.Array) -> tuple[Any, Any, list[float]]:
         """Return the trained plan and variables, and the accuracy after every epoch."""
-        steps = len(data.train_x) // self.batch
-        optimizer = self.optimizer(steps * self.epochs)
-        params = variables["params"]
+        plan, variables = jax.tree.map(jnp.array, (plan, variables))  # the steps donate what they are given
         stats = {name: values for name, values in variables.items() if name != "params"}
-
-        def step(state: Any, chosen: jax.Array) -> tuple[Any, None]:
-            trained, stats, memory = state
-            batch = real(data.train_x[chosen]), data.train_y[chosen]
-            gradient, new = jax.grad(self.loss, has_aux=True)(trained, stats, *batch)
-            updates, memory = optimizer.update(gradient, memory, trained)
-            return (optax.apply_updates(trained, updates), new, memory), None
-
-        def epoch(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-            order = jax.random.permutation(key, len(data.train_x))[: steps * self.batch]
-            state, _ = jax.lax.scan(step, state, order.reshape(steps, self.batch))
-            (plan, params), stats, _ = state
-            predict = self.predict if plan is None else jaxq.qat(self.predict, plan)
-            return state, correct(predict, {"params": params, **stats}, data)[0]
-
-        trained = plan, params
-        start = trained, stats, optimizer.init(trained)
-        ((plan, params), stats, _), accuracies = jax.lax.scan(epoch, start, jax.random.split(key, self.epochs))
-        return plan, {"params": params, **stats}, accuracies
-
-    @partial(jax.jit, static_argnums=0)
-    def scores(self, plan: Any, variables: Any, converted: Any, data: Data) -> tuple[jax.Array, jax.Array]:
-        """Return the accuracy of the converted weights, and whether their logits are training's, bit for bit."""
-        accuracy, logits = correct(jaxq.quantize(self.predict, plan), converted, data)
-        return accuracy, jnp.all(logits == correct(jaxq.qat(self.predict, plan), variables, data)[1])
+        trained, curve = (plan, variables["params"]), []
+        state = trained, stats, self.optimizer().init(trained)
+        label = "float" if plan is None else "QAT"
+        with tqdm(total=self.epochs * self.steps, desc=label, unit="step", leave=False, mininterval=1) as bar:
+            for epoch in jax.random.split(key, self.epochs):
+                order = jax.random.permutation(epoch, len(data.train_x))[: self.steps * self.batch]
+                for i, chosen in enumerate(np.asarray(order).reshape(self.steps, self.batch)):
+                    state, loss = self.step(state, data, chosen, jax.random.fold_in(epoch, i))
+                    bar.update()
+                plan, variables = state[0][0], {"params": state[0][1], **state[1]}
+                curve.append(accuracy(logits_of(partial(self.evaluate, plan), variables, data), data))
+                bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{curve[-1]:.4f}")
+        return plan, variables, curve
 
 
 @cache
-def trainers(task: str, bits: str, epochs: int, qat_epochs: int, batch: int) -> tuple[Trainer, Trainer, Callable]:
+def trainers(task: str, bits: str, steps: int, options: tuple[int, int, int]) -> tuple[Trainer, Trainer, Callable]:
     """Return how the float and the quantized model are trained, and what makes a plan: one of each for all seeds."""
+    epochs, qat_epochs, batch = options
     signs = bits == "1"
-    make, first = TASKS[task].model, TASKS[task].first
+    _, make, first, _, augmented = TASKS[task]
     # Signs are another model than ReLUs: trained from the start, for as long as both trainings of the others.
-    before = Trainer(make(nn.relu), epochs, batch, RATE)
     after = Trainer(
-        make(sign_like if signs else nn.relu), qat_epochs + signs * epochs, batch, RATE if signs else QAT_RATE
+        make(sign_like if signs else nn.relu),
+        qat_epochs + signs * epochs,
+        steps,
+        batch,
+        RATE if signs else QAT_RATE,
+        augmented,
     )
+    before = Trainer(make(nn.relu), epochs, steps, batch, RATE, augmented)
     return before, after, jax.jit(jaxq.observe(after.predict, policy_of(bits, first)))
 
 
@@ -258,13 +247,27 @@ class Run(NamedTuple):
         return f"{self.task}-{self.bits.replace(' ', '')}-{self.seed}.json"
 
 
+def float_model(trainer: Trainer, chosen: Run, data: Data, keys: jax.Array, folder: Path | None) -> tuple[Any, Any]:
+    """Return the variables of a trained float model and its curve, from FOLDER where they are there."""
+    path = folder and folder / f"{chosen.task}-float-{chosen.seed}"
+    if path and path.with_suffix(".json").exists():
+        return jaxq.load(path.with_suffix(".safetensors"))[0], json.loads(path.with_suffix(".json").read_text())
+    _, variables, curve = trainer.train(None, trainer.fresh(keys[0], data), data, keys[1])
+    if path:
+        float_plan = jaxq.make_plan(trainer.predict, {})(variables, real(data.train_x[:1]))
+        jaxq.save(path.with_suffix(".safetensors"), variables, float_plan)
+        path.with_suffix(".json").write_text(json.dumps(curve))
+    return variables, curve
+
+
 def run(chosen: Run, data: Data, floats: dict, options: argparse.Namespace) -> dict[str, Any]:
     """Train one model in float, unless `floats` has it, then quantized; return what came out."""
-    before, after, observe = trainers(chosen.task, chosen.bits, options.epochs, options.qat_epochs, options.batch)
+    numbers = options.epochs, options.qat_epochs, options.batch
+    before, after, observe = trainers(chosen.task, chosen.bits, len(data.train_x) // options.batch, numbers)
     keys = jax.random.split(jax.random.key(chosen.seed), 3)
     start = time.perf_counter()
     if (chosen.task, chosen.seed) not in floats:
-        floats[chosen.task, chosen.seed] = before.train(None, before.fresh(keys[0], data), data, keys[1])[1:]
+        floats[chosen.task, chosen.seed] = float_model(before, chosen, data, keys, options.out)
     variables, float_curve = floats[chosen.task, chosen.seed]
     if chosen.bits == "1":
         variables = after.fresh(keys[0], data)
@@ -272,15 +275,15 @@ def run(chosen: Run, data: Data, floats: dict, options: argparse.Namespace) -> d
     _, plan = observe(variables, samples)
     plan, trained, curve = after.train(plan, variables, data, keys[2])
     converted = jaxq.convert(after.predict, plan)(trained, samples)
-    accuracy, same = after.scores(plan, trained, converted, data)
-    if not same:
+    served = logits_of(partial(after.serve, plan), converted, data)
+    if not np.array_equal(served, logits_of(partial(after.evaluate, plan), trained, data)):
         raise AssertionError(f"{chosen.file}: served logits are not those of training")
     return {
         **chosen._asdict(),
-        "float": float(float_curve[-1]),
-        "quantized": float(accuracy),
-        "float_curve": float_curve.tolist(),
-        "curve": curve.tolist(),
+        "float": float_curve[-1],
+        "quantized": accuracy(served, data),
+        "float_curve": float_curve,
+        "curve": curve,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained["params"])),
         "epochs": [before.epochs, after.epochs],
         "batch": options.batch,
@@ -299,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("--task", default="digits", help=f"some of {','.join(TASKS)}; default: digits")
     option("--data", type=Path, metavar="DIR", help="folder with the files of the datasets; not needed for digits")
-    option("--bits", help="some of 8,4,2,1; default: all that a task has, 8,2 of digits")
+    option("--bits", help="some of 8,4,3,2,1; default: all that a task has, 8,2 of digits")
     option("--seeds", type=int, default=1, metavar="N", help="default: 1")
     option("--epochs", type=int, default=6, metavar="N", help="in float; default: 6")
     option("--qat-epochs", type=int, default=3, metavar="N", help="of quantization-aware training; default: 3")

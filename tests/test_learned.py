@@ -285,3 +285,41 @@ def test_learned_activations_fit_other_ranks():
     np.testing.assert_array_equal(flat, stacked[0])
     _, again = jaxq.observe(f, plan, quantized=True)(params, X)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, plan)
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori_loop"])
+def test_steps_of_a_recurrent_state_do_not_start_from_its_zeros(loop):
+    """A state starts as zeros, of which any step is the best; what it grows to has to fit."""
+    w = jax.random.normal(jax.random.key(0), (8, 8))
+
+    def cell(w, h, x):
+        return jnp.tanh(jnp.dot(h, w) + x)
+
+    def rnn(w, xs):
+        h = jnp.zeros(xs.shape[1:])
+        if loop == "scan":
+            return jax.lax.scan(lambda h, x: (cell(w, h, x), None), h, xs)[0]
+        return jax.lax.fori_loop(0, len(xs), lambda i, h: cell(w, h, xs[i]), h)
+
+    xs = jax.random.normal(jax.random.key(1), (5, 4, 8))
+    signed = jaxq.Quantizer(Int(8), per_tensor=True, calibrator=jaxq.learned())
+    y, plan = jaxq.observe(rnn, {"*": jaxq.Scheme(weight=jaxq.int8(), act=signed)})(w, xs)
+    error = jnp.linalg.norm(jaxq.qat(rnn, plan)(w, xs) - y) / jnp.linalg.norm(y)
+    assert error < 0.03
+
+
+def test_zeros_alone_give_way_to_what_is_seen_later():
+    def f(w, x):
+        return x @ w
+
+    w, x = jnp.eye(4), jnp.full((2, 4), 3.0)
+    act = jaxq.Quantizer(Int(8), per_tensor=True, calibrator=jaxq.learned())
+    policy = {"*": jaxq.Scheme(weight=jaxq.int8(), act=act)}
+    _, plan = jaxq.observe(f, policy)(w, jnp.zeros((2, 4)))
+    np.testing.assert_array_equal(jaxq.qat(f, plan)(w, jnp.zeros((2, 4))), 0)
+    np.testing.assert_allclose(jaxq.observe(f, plan, quantized=True)(w, x)[0], x, rtol=1e-2)
+    _, plan = jaxq.observe(f, plan)(w, x)
+    np.testing.assert_allclose(jaxq.qat(f, plan)(w, x), x, rtol=1e-2)
+    start = plan.range(plan.names[0])[0].value
+    _, plan = jaxq.observe(f, plan)(w, 10 * x)
+    np.testing.assert_array_equal(plan.range(plan.names[0])[0].value, start)

@@ -20,7 +20,7 @@ from jaxq.numbers import codebooks, histogram
 from jaxq.numbers.fits import Keeping
 from jaxq.numbers.formats import Codebook
 from jaxq.numbers.histogram import Histogram
-from jaxq.numbers.parameters import Learned, Parameters, first, first_of_axis
+from jaxq.numbers.parameters import Learned, Parameters, is_settled, widest, widest_of_axis
 
 if TYPE_CHECKING:
     from jaxq.numbers.quantizers import Quantizer
@@ -74,10 +74,15 @@ def is_blank(r: Leaf) -> bool:
     return not (np.all(seen) if isinstance(r, Parameters) else np.any(seen))
 
 
+def is_seen(leaf: Leaf) -> jax.Array:
+    """Tell where there is something to quantize by, [*stack]: parameters of zeros alone give way to others."""
+    return is_settled(leaf.count) if isinstance(leaf, Parameters) else jnp.asarray(leaf.count) > 0
+
+
 def merge(a: Leaf, b: Leaf) -> Leaf:
-    """Return what two observations of the same thing amount to: the hull of ranges, the first of parameters."""
+    """Return what two observations of the same thing amount to: the hull of ranges, the wider parameters."""
     if isinstance(a, Parameters) and isinstance(b, Parameters):
-        return first(a, b)
+        return widest(a, b)
     assert isinstance(a, Range) and isinstance(b, Range), "observations of one operand are of one kind"
     return hull(a, b)
 
@@ -93,9 +98,9 @@ def _together(a: Range, b: Range) -> Histogram | None:
 
 
 def merge_axis(r: Leaf) -> Leaf:
-    """Return the hull of the observations stacked along the leading axis."""
+    """Return the hull of the observations stacked along the leading axis, of parameters the widest."""
     if isinstance(r, Parameters):
-        return first_of_axis(r)
+        return widest_of_axis(r)
     seen = None if r.histogram is None else histogram.merge_axis(r.histogram)
     return Range(r.lo.min(0, initial=0), r.hi.max(0, initial=0), r.count.max(0, initial=0), seen)
 

@@ -7,6 +7,7 @@ them, is in `learning`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ class Parameters(NamedTuple):
     """What training may change of a quantizer, and how often it was observed; all leaves float32.
 
     value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, entries]);
-    count: [*stack], zero where nothing was observed. Differentiable by `value`.
+    count: [*stack], zero where nothing was observed, less than one where nothing but zeros was, whose parameters serve
+    until something else is. Differentiable by `value`.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -32,6 +34,7 @@ class Parameters(NamedTuple):
 
 
 LSQ, PACT = "lsq", "pact"
+OF_ZEROS = 2.0**-20  # what an array of zeros adds to a count: it says nothing of a range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +42,27 @@ class Learned:
     """Parameters are leaves of the plan: the best for the first array seen, then whatever training makes of them.
 
     frozen: of codebooks, values stay with the centroids that they had at first. rule: of integers, how steps learn.
+    threshold: of codebooks of three, the part of the largest value below which all is zero (TTQ).
 
     >>> import jaxq
     >>> jaxq.kmeans(16, calibrator=jaxq.learned())
-    codebook of 16 per tensor static (Learned(frozen=False, rule='lsq'))
+    codebook of 16 per tensor static (Learned())
     """
 
     frozen: bool = False
     rule: str = LSQ
+    threshold: float | None = None
     histogram = False
 
     def __post_init__(self):
         if self.rule not in (LSQ, PACT):
             raise ValueError(f"rule= of learned steps is 'lsq' or 'pact', got {self.rule!r}")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold= is a part of the largest value, in [0, 1), got {self.threshold!r}")
+
+    def __repr__(self) -> str:
+        own = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"Learned({', '.join(f'{name}={value!r}' for name, value in own)})"
 
     def update(self, old: Parameters, new: Parameters) -> Parameters:
         """Return the parameters as they were, or as they are seen now for the first time."""
@@ -82,17 +93,22 @@ def learned(*, frozen: bool = False, rule: str = LSQ) -> Learned:
 
 def first(a: Parameters, b: Parameters) -> Parameters:
     """Return the parameters that were observed, the former of two."""
-
-    def pick(x: jax.Array, y: jax.Array) -> jax.Array:
-        seen = jnp.asarray(a.count) > 0
-        return jnp.where(seen.reshape(seen.shape + (1,) * (jnp.ndim(x) - seen.ndim)), x, y)
-
-    return Parameters(jax.tree.map(pick, a.value, b.value), jnp.maximum(a.count, b.count))
+    return _chosen(is_settled(a.count) | (~is_settled(b.count) & (jnp.asarray(a.count) > 0)), a, b)
 
 
-def first_of_axis(stacked: Parameters) -> Parameters:
-    """Return the first along the leading axis that was observed; zeros where there is none."""
-    at = jnp.argmax(stacked.count > 0, axis=0) if stacked.count.shape[0] else None
+def is_settled(count: Any) -> jax.Array:
+    """Tell where something other than zeros was observed."""
+    return jnp.asarray(count) >= 1
+
+
+def widest(a: Parameters, b: Parameters) -> Parameters:
+    """Return the wider parameters of two observations: a recurrent state starts as zeros, which say nothing of it."""
+    return _chosen(_width(a) >= _width(b), a, b)
+
+
+def widest_of_axis(stacked: Parameters) -> Parameters:
+    """Return the widest along the leading axis; zeros where there is none."""
+    at = jnp.argmax(_width(stacked), axis=0) if stacked.count.shape[0] else None
 
     def pick(x: jax.Array) -> jax.Array:
         if at is None:
@@ -101,3 +117,21 @@ def first_of_axis(stacked: Parameters) -> Parameters:
         return jnp.take_along_axis(x, index, axis=0)[0]
 
     return jax.tree.map(pick, stacked)
+
+
+def _chosen(former: jax.Array, a: Parameters, b: Parameters) -> Parameters:
+    """Return, for every place in the stack, the parameters of `a` or of `b`."""
+
+    def pick(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(former.reshape(former.shape + (1,) * (jnp.ndim(x) - former.ndim)), x, y)
+
+    return Parameters(jax.tree.map(pick, a.value, b.value), jnp.maximum(a.count, b.count))
+
+
+def _width(p: Parameters) -> jax.Array:
+    """Return the largest absolute number, [*stack]; less than zero where nothing was observed, or only zeros."""
+    count = jnp.asarray(p.count)
+    leaves = [
+        jnp.abs(leaf).max(tuple(range(count.ndim, jnp.ndim(leaf))), initial=0) for leaf in jax.tree.leaves(p.value)
+    ]
+    return jnp.where(is_settled(count), functools.reduce(jnp.maximum, leaves), jnp.where(count > 0, -1, -2))

@@ -1,0 +1,84 @@
+"""The classifiers that `low_bits.py` trains: Linen modules of an activation function, BatchNorm before it."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+WIDTH = 8  # of the residual network's first stage: half the published one, for CPUs
+
+
+def sign_like(x: jax.Array) -> jax.Array:
+    """Return hard tanh: a sign's gradient, passed straight through between -1 and 1."""
+    return jnp.clip(x, -1, 1)
+
+
+def normed(x: jax.Array, train: bool) -> jax.Array:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+class ConvNet(nn.Module):
+    """Three convolutions and two dense layers, BatchNorm after each; 94 k parameters on 28 x 28 pixels."""
+
+    activate: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        padding = "VALID" if x.shape[1] > 8 else "SAME"
+        for i, width in enumerate((32, 64, 64)):
+            x = nn.Conv(width, (3, 3), padding=padding, use_bias=False, name=f"conv_{i}")(x)
+            x = nn.avg_pool(x, (2, 2), (2, 2)) if i < 2 else x
+            x = self.activate(normed(x, train))
+        x = nn.Dense(64, use_bias=False, name="dense")(x.reshape(len(x), -1))
+        return normed(nn.Dense(10, use_bias=False, name="head")(self.activate(normed(x, train))), train)
+
+
+class Perceptron(nn.Module):
+    """Dense layers, BatchNorm after each if asked for."""
+
+    activate: Callable
+    widths: tuple[int, ...]
+    normalized: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(len(x), -1)
+        for i, width in enumerate((*self.widths, 10)):
+            x = nn.Dense(width, use_bias=not self.normalized, name="head" if i == len(self.widths) else f"dense_{i}")(x)
+            x = normed(x, train) if self.normalized else x
+            x = self.activate(x) if i < len(self.widths) else x
+        return x
+
+
+class ResNet20(nn.Module):
+    """The residual network of CIFAR-10 (He et al. 2016, section 4.2), strided convolutions in its shortcuts."""
+
+    activate: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def conv(x: jax.Array, width: int, size: int, stride: int, name: str) -> jax.Array:
+            return normed(nn.Conv(width, (size, size), (stride, stride), use_bias=False, name=name)(x), train)
+
+        x = self.activate(conv(x, WIDTH, 3, 1, "stem"))
+        for stage in range(3):
+            for block in range(3):
+                name, width = f"stage_{stage}_{block}", WIDTH * 2**stage
+                stride = 2 if stage and not block else 1
+                y = self.activate(conv(x, width, 3, stride, f"{name}_a"))
+                y = conv(y, width, 3, 1, f"{name}_b")
+                x = self.activate(y + (conv(x, width, 1, stride, f"{name}_shortcut") if stride == 2 else x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+class Rows(nn.Module):
+    """An LSTM that reads an image row by row, a time series, and a dense layer on its last state."""
+
+    activate: Callable  # of none: an LSTM has its own
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        del train
+        states = nn.RNN(nn.OptimizedLSTMCell(64), name="lstm")(x.reshape(*x.shape[:2], -1))
+        return nn.Dense(10, name="head")(states[:, -1])
