@@ -44,6 +44,7 @@ from jaxq.numbers.calibrators import Range as Range
 from jaxq.numbers.calibrators import ema as ema
 from jaxq.numbers.calibrators import minmax as minmax
 from jaxq.numbers.calibrators import overflow_rate as overflow_rate
+from jaxq.numbers.catalog import apot as apot
 from jaxq.numbers.catalog import b158 as b158
 from jaxq.numbers.catalog import bfloat16 as bfloat16
 from jaxq.numbers.catalog import binary as binary
@@ -65,6 +66,7 @@ from jaxq.numbers.catalog import mxint8 as mxint8
 from jaxq.numbers.catalog import nf4 as nf4
 from jaxq.numbers.catalog import nvfp4 as nvfp4
 from jaxq.numbers.catalog import ternary as ternary
+from jaxq.numbers.catalog import ttq as ttq
 from jaxq.numbers.catalog import uint8 as uint8
 from jaxq.numbers.clustering import k_means_quantize as k_means_quantize
 from jaxq.numbers.estimators import EWGS as EWGS

@@ -91,8 +91,11 @@ class Scheme:
             raise ValueError(
                 "an output has one scale, which all that read it can share: use Scheme(out=) per_tensor=True"
             )
-        if out.stochastic:
-            raise ValueError("outputs are rounded again where they are read, so to nearest: drop Stochastic() of out=")
+        if out.noisy:
+            raise ValueError(
+                "outputs are rounded again where they are read, all of them and to nearest: remove Stochastic() and "
+                "drop= from out="
+            )
         if out.learned:
             raise ValueError("outputs have ranges, not learned parameters: use jaxq.minmax() in Scheme(out=)")
         if out.fit is not None or (not out.static and not out.symmetric):

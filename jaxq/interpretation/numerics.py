@@ -111,20 +111,37 @@ def _settled(task: Task, q: QArray) -> QArray:
 def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.Array | None = None) -> jax.Array:
     """Run one site. operands: arrays or, for a converted weight, a QArray; ranges: per operand or None.
 
-    key: rounds stochastically what comes back through `task.backward`, and operands whose quantizers say so.
+    key: rounds stochastically what comes back through `task.backward`, and operands whose quantizers say so; chooses
+    which values stay as they are.
     """
     ranges = hide(ranges)
     keys = _keys(key, len(operands))
     coded = tuple(_coded(task, n, x, ranges[n], keys[n]) for n, x in enumerate(operands))
+    if key is not None and any(q is not None and q.drop for q in task.quantizers):
+        operands, coded, ranges = _dropped(task, operands, coded, ranges, key)
     operands = tuple(map(_estimated, task.quantizers, operands, coded))
     if task.backward is not None and not any(isinstance(x, QArray) for x in operands):
         return _trained(task, operands, coded, ranges, rest, key)
     return _product(task, operands, coded, ranges, rest)
 
 
+def _dropped(task: Task, operands: tuple, coded: tuple, ranges: tuple, key: jax.Array) -> tuple[tuple, ...]:
+    """Return operands, codes and ranges; where quantization is dropped at random, a float operand with neither."""
+    triples = []
+    keys = jax.random.split(jax.random.fold_in(key, 2**31 + 1), len(operands))
+    for n, (x, q, quantizer) in enumerate(zip(operands, coded, task.quantizers, strict=True)):
+        if q is None or isinstance(x, QArray) or not quantizer.drop:
+            triples.append((x, q, ranges[n]))
+            continue
+        rounded = _imitation(quantizer, task.op.contracted[n], _estimated(quantizer, x, q), q, ranges[n])
+        stays = jax.random.bernoulli(keys[n], quantizer.drop, x.shape)
+        triples.append((lax.select(stays, x, rounded), None, None))
+    return tuple(zip(*triples, strict=True))
+
+
 def _estimated(quantizer: Quantizer | None, x: Any, q: QArray | None) -> Any:
     """Return an operand whose gradient is what its quantizer's estimator makes of it."""
-    if quantizer is None or quantizer.estimator is None or isinstance(x, QArray):
+    if quantizer is None or quantizer.estimator is None or q is None or isinstance(x, QArray):
         return x
     error = jnp.zeros((), jnp.float32)
     if isinstance(quantizer.estimator, EWGS):
@@ -321,7 +338,6 @@ def _through(
         parts = quantizer.turn(x, axes), lax.stop_gradient(q.table), quantizer.turn(dx, axes)
         return quantizer.turn(codebooks.follow_softly(quantizer.format, quantizer.fit, *parts), axes)
     if isinstance(r, Parameters):
-        inside = learning.inside(quantizer, x, q)
-    else:
-        inside = codecs.inside(quantizer, x, q, _fixed(quantizer, r, q.grid))
+        return learning.passed(quantizer, x, q, dx)
+    inside = codecs.inside(quantizer, x, q, _fixed(quantizer, r, q.grid))
     return dx if inside is None else lax.select(inside, dx, lax.full_like(dx, 0))

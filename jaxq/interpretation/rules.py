@@ -6,6 +6,7 @@ branch and spread over devices. This is all that differs between the interpretat
 
 import abc
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ class Observe(Rule):
         if quantizer is None or not quantizer.static or old is None:
             return old
         new = calibrators.with_table(quantizer, self.sight(item, number, quantizer, x, old, importance))
-        return jax.tree.map(lambda a, b: jnp.where(old.count > 0, a, b), old, new)
+        return jax.tree.map(functools.partial(jnp.where, calibrators.is_seen(old)), old, new)
 
     def merge(self, a, b):
         return jax.tree.map(calibrators.merge, a, b, is_leaf=_is_range)

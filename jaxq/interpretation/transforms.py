@@ -145,11 +145,11 @@ def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=
 
 
 def _check_key(program: Program) -> None:
-    """Raise where a site would round stochastically."""
-    noisy = [d.site.name for d in program.decisions if any(q is not None and q.stochastic for q in d.quantizers)]
+    """Raise where a site would round stochastically, or drop quantization."""
+    noisy = [d.site.name for d in program.decisions if any(q is not None and q.noisy for q in d.quantizers)]
     if noisy:
         raise ValueError(
-            f"these sites round stochastically, by a key that is not there: {', '.join(noisy)}; "
+            f"these sites round stochastically, or drop quantization, by a key that is not there: {', '.join(noisy)}; "
             "train with jaxq.qat(f, policy, key=key), a new key for every step"
         )
 
@@ -205,10 +205,10 @@ def qat(
     The forward pass runs the integer kernels that `quantize` runs. The backward pass multiplies *dequantized* operands
     in float and lets gradients through where the rounded value was inside its range; with `Scheme(grad=)` it multiplies
     integers. policy: a policy or a `Plan`; also `@jaxq.qat(policy=...)`. key: rounds gradients stochastically, so that
-    they are unbiased, and operands with `rounding=Stochastic()`, which have to have one; each site and iteration of a
-    loop by its own, folded from it. Take a new one for every step. Arrays in the arguments are traced, everything else
-    is static. Raises `ValueError` for a plan with unobserved static ranges or of another program, `TypeError` for
-    converted parameters.
+    they are unbiased, and operands with `rounding=Stochastic()` or `drop=`, which have to have one; each site and
+    iteration of a loop by its own, folded from it. Take a new one for every step. Arrays in the arguments are traced,
+    everything else is static. Raises `ValueError` for a plan with unobserved static ranges or of another program,
+    `TypeError` for converted parameters.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> @jaxq.qat(policy=jaxq.w8a8())

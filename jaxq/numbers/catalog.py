@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.numbers import floats
+from jaxq.numbers.apot import levels as apot_levels
 from jaxq.numbers.calibrators import Calibrator
 from jaxq.numbers.fits import MeanAbs
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Int, Levels, Ternary
 from jaxq.numbers.microscaling import NF4_LEVELS
+from jaxq.numbers.parameters import Learned
 from jaxq.numbers.quantizers import Quantizer, as_float
 from jaxq.numbers.scaling import Microscale, Nested
 
@@ -131,6 +133,32 @@ def kmeans(size: int, dim: int = 1, **options: Any) -> Quantizer:
     (codebook of 16 per tensor, codebook of 256 vectors of 4 per tensor)
     """
     return Quantizer(Codebook(size, dim), **{"per_tensor": options.get("group") is None, **options})
+
+
+def ttq(threshold: float = 0.05, **options: Any) -> Quantizer:
+    """Ternary weights of two learned numbers, zero below `threshold` times the largest value (TTQ; Zhu et al. 2017).
+
+    Both are leaves of the plan, one pair per tensor unless `per_tensor=False` says so. There are no integer kernels:
+    the two numbers differ.
+
+    >>> import jaxq
+    >>> jaxq.ttq()
+    codebook of 3 per tensor static (Learned(threshold=0.05))
+    """
+    return Quantizer(Codebook(3), **{"per_tensor": True, "calibrator": Learned(threshold=threshold), **options})
+
+
+def apot(bits: int, *, signed: bool = True, **options: Any) -> Quantizer:
+    """Sums of powers of two as levels, over a learned range (APoT; Li et al. 2020): 2 to 7 bits, unsigned ones to 6.
+
+    signed=False is for activations that are not negative. The paper normalizes weights first, `(w - mean) / std`: write
+    that into the model, derived weights are quantized as they are derived.
+
+    >>> import jaxq
+    >>> jaxq.apot(4), len(jaxq.apot(4).format.values)
+    (apot4 per channel static (Learned()), 15)
+    """
+    return Quantizer(apot_levels(bits, signed=signed), **{"calibrator": Learned(), **options})
 
 
 def float16() -> Quantizer:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import codebooks, codecs, steps
-from jaxq.numbers.formats import Codebook, Int, vector_length
-from jaxq.numbers.parameters import Learned, Parameters
+from jaxq.numbers import apot, codebooks, codecs, steps, ttq
+from jaxq.numbers.formats import Codebook, Int, Levels, vector_length
+from jaxq.numbers.parameters import OF_ZEROS, Learned, Parameters, is_settled
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ class Trait(NamedTuple):
     """What a format with learned parameters can do; `value` is what `Parameters` hold for one array.
 
     start: `(quantizer, x, grid, importance) -> value`, the best for an array whose errors may count differently.
-    encode: `(quantizer, x, grid, value) -> QArray`, of values that are constant to derivatives. inside: `(quantizer, x,
-    q) -> mask`, where the gradient by x passes, or None for everywhere. follow: `(quantizer, x, q, value, change) ->
-    dx`, how the decoded array moves when the value does, linear in the change.
+    encode: `(quantizer, x, grid, value) -> QArray`, of values that are constant to derivatives. passed: `(quantizer, x,
+    q, dx) -> dx`, what passes of a step of x, linear in it. follow: `(quantizer, x, q, value, change) -> dx`, how the
+    decoded array moves when the value does, linear in the change.
     """
 
     start: Callable[..., Any]
     encode: Callable[..., QArray]
-    inside: Callable[..., jax.Array | None]
+    passed: Callable[..., jax.Array]
     follow: Callable[..., jax.Array]
 
 
@@ -64,10 +64,10 @@ def observe(
 
     # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
     apart = bool(getattr(jax.typeof(x), "vma", None))
-    value = (
-        start() if apart else lax.cond(jnp.asarray(old.count) > 0, lambda: jax.tree.map(jnp.asarray, old.value), start)
-    )
-    return Parameters(value, jnp.float32(0 if 0 in x.shape else 1))
+    value = start() if apart else lax.cond(is_settled(old.count), lambda: jax.tree.map(jnp.asarray, old.value), start)
+    if 0 in x.shape:
+        return Parameters(value, jnp.float32(0))
+    return Parameters(value, jnp.where(jnp.any(x != 0) | is_settled(old.count), jnp.float32(1), jnp.float32(OF_ZEROS)))
 
 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, parameters: Parameters) -> QArray:
@@ -76,9 +76,9 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, parameters: Parameter
     return _trait(quantizer).encode(quantizer, x, grid, value)
 
 
-def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array | None:
-    """Return where the straight-through gradient by `x` passes, or None for everywhere."""
-    return _trait(quantizer).inside(quantizer, x, q)
+def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
+    """Return what passes of a step of `x`, straight through where nothing is clipped."""
+    return _trait(quantizer).passed(quantizer, x, q, dx)
 
 
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, parameters: Parameters, change: Any) -> jax.Array:
@@ -89,6 +89,8 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, parameters: Parameters
 
 def _trait(quantizer: Quantizer) -> Trait:
     assert isinstance(quantizer.calibrator, Learned), "only learned quantizers have parameters"
+    if quantizer.calibrator.threshold is not None:
+        return TERNARY
     return FROZEN if quantizer.calibrator.frozen else TRAITS[type(quantizer.format)]
 
 
@@ -108,8 +110,8 @@ def _nearest(quantizer: Quantizer, x: jax.Array, grid: Grid, table: jax.Array) -
     return codecs.by_table(quantizer.format, x, grid, table)
 
 
-def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> None:
-    return None
+def _everywhere(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
+    return dx
 
 
 def _moved(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, change: jax.Array) -> jax.Array:
@@ -132,8 +134,8 @@ def _assigned(quantizer: Quantizer, x: jax.Array, grid: Grid, pair: tuple[jax.Ar
     return dataclasses.replace(q, table=lax.select(lax.eq(q.table, q.table), pair[0], q.table))
 
 
-def _nowhere(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
-    return lax.full_like(x, False, jnp.bool_)
+def _nowhere(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
+    return lax.full_like(dx, 0)
 
 
 def _moved_alone(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
@@ -141,8 +143,10 @@ def _moved_alone(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, chan
     return lax.convert_element_type(dataclasses.replace(q, table=change[0]).values(), x.dtype)
 
 
+TERNARY = Trait(ttq.start, ttq.encode, ttq.passed, ttq.follow)
 FROZEN = Trait(_pair, _assigned, _nowhere, _moved_alone)
 TRAITS: dict[type, Trait] = {
     Codebook: Trait(_table, _nearest, _everywhere, _moved),
-    Int: Trait(steps.start, steps.encode, steps.inside, steps.follow),
+    Int: Trait(steps.start, steps.encode, steps.passed, steps.follow),
+    Levels: Trait(apot.start, apot.encode, apot.passed, apot.follow),
 }

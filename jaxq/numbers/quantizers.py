@@ -33,6 +33,7 @@ class Quantizer:
     power_of_two: scales are rounded up to powers of two, so that rescaling is a shift. scaling: how scales themselves
     are stored (see `scaling`). rounding: of integers, to nearest or `Stochastic()`; `Fixed` has one of its own.
     estimator: what the gradient of a rounding is in `qat`; None passes it straight through where nothing is clipped.
+    drop: the share of values that `qat(key=)` leaves as they are, others at every step (QDrop; Wei et al. 2022, eq. 9).
 
     >>> import jaxq
     >>> jaxq.int8(), jaxq.int4(group=128), jaxq.uint8(per_tensor=True)
@@ -50,6 +51,7 @@ class Quantizer:
     scaling: Scaling | None = None
     rounding: NearestEven | Stochastic = NearestEven()
     estimator: Estimator | None = None
+    drop: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.format, Format):
@@ -79,6 +81,8 @@ class Quantizer:
             raise ValueError(f"dkm() is for codebooks: drop fit= for {form}")
         if isinstance(self.calibrator, Learned) and self.calibrator.frozen and not isinstance(form, Codebook):
             raise ValueError(f"frozen=True keeps values at their centroids, {form} has none: drop frozen=")
+        if isinstance(self.calibrator, Learned) and self.calibrator.threshold is not None and form != Codebook(3):
+            raise ValueError(f"threshold= is for a codebook of three, {form} is none: use jaxq.ttq(), or drop it")
         if vectors and not self.per_tensor:
             raise ValueError("a codebook of vectors is one for all: drop group= and per_tensor=False")
         if vectors and isinstance(self.calibrator, MinMax):
@@ -131,6 +135,8 @@ class Quantizer:
             raise ValueError(f"EWGS() scales by the rounding error of integers: drop estimator= for {self.format}")
         if self.estimator is not None and isinstance(self.fit, DKM):
             raise ValueError("dkm() has a gradient of its own: drop estimator=")
+        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
+            raise ValueError(f"drop= is a share of the values in [0, 1), got {self.drop!r}")
 
     def _check_calibrator(self) -> None:
         """Raise for a calibrator that a format has no use for."""
@@ -147,11 +153,13 @@ class Quantizer:
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
         if isinstance(self.calibrator, Learned) and self.calibrator.rule == PACT and not isinstance(self.format, Int):
-            raise ValueError(f"rule='pact' learns where integers clip, {self.format} has centroids: drop rule=")
+            raise ValueError(f"rule='pact' learns where integers clip, not where {self.format} does: drop rule=")
         if self.learned and self.stochastic:
             raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
-        if self.learned and (not isinstance(self.format, (Codebook, Int)) or self.scaling is not None):
-            raise ValueError(f"learned() trains centroids and steps, {self.format} has neither: drop calibrator=")
+        if self.learned and (not isinstance(self.format, (Codebook, Int, Levels)) or self.scaling is not None):
+            raise ValueError(
+                f"learned() trains centroids, steps and ranges of levels, {self.format} has none: drop calibrator="
+            )
 
     @property
     def static(self) -> bool:
@@ -163,6 +171,11 @@ class Quantizer:
         """Whether training rounds by a key."""
         own = self.format.rounding if isinstance(self.format, Fixed) else self.rounding
         return isinstance(own, Stochastic)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training needs a key: to round by, or to choose what stays as it is."""
+        return self.stochastic or self.drop > 0
 
     @property
     def learned(self) -> bool:
@@ -244,6 +257,7 @@ class Quantizer:
         words += [str(self.scaling)] if self.scaling else []
         words += ["rounded stochastically"] if self.stochastic else []
         words += [repr(self.estimator)] if self.estimator else []
+        words += [f"dropped with {self.drop:g}"] if self.drop else []
         return " ".join(words)
 
 

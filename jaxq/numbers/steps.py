@@ -52,9 +52,9 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: Any) -> QArray
     return QArray(codes, lax.mul(scale, codecs.constant(x, grid, 1.0)), zero, quantizer.format, x.dtype)
 
 
-def inside(quantizer: Quantizer, x: jax.Array, q: QArray) -> jax.Array:
-    """Return where nothing is clipped."""
-    return affine.inside(quantizer, x, Affine(q.scale, q.zero_point))
+def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
+    """Return the gradient where nothing is clipped."""
+    return lax.select(affine.inside(quantizer, x, Affine(q.scale, q.zero_point)), dx, lax.full_like(dx, 0))
 
 
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
