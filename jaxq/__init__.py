@@ -23,6 +23,7 @@ from jaxq.integer.program import integer as integer
 from jaxq.interpretation.calibrate import calibrate as calibrate
 from jaxq.interpretation.convert import convert as convert
 from jaxq.interpretation.dampening import dampening as dampening
+from jaxq.interpretation.freezing import freezing as freezing
 from jaxq.interpretation.transforms import make_plan as make_plan
 from jaxq.interpretation.transforms import observe as observe
 from jaxq.interpretation.transforms import qat as qat

@@ -221,7 +221,7 @@ def test_arrays_follow_their_steps_by_the_formula(name, sign):
     np.testing.assert_allclose(
         learning.follow(q, jnp.asarray(x), got, parameters, change), share * by_step, rtol=1e-4, atol=1e-5
     )
-    np.testing.assert_array_equal(learning.inside(q, jnp.asarray(x), got), inside)
+    np.testing.assert_array_equal(learning.passed(q, jnp.asarray(x), got, jnp.ones_like(x)), inside)
     if not q.symmetric:
         moved = learning.follow(q, jnp.asarray(x), got, parameters, (zeros, ones))
         np.testing.assert_allclose(moved, share * ~within, rtol=1e-6)
@@ -245,6 +245,34 @@ def test_steps_train_with_the_weights_and_serve_what_they_trained():
     for same in (plan, flipped):
         converted = jaxq.convert(model, same)(params, X)
         np.testing.assert_array_equal(jax.jit(jaxq.quantize(model, same))(converted, X), trained)
+
+
+@pytest.mark.parametrize("off", [1 / 8, 8])
+def test_the_split_of_fixed_point_is_learned(off):
+    """Where the point of a tensor's numbers is: one power of two, which training moves to where the error is least."""
+    w = np.asarray(jax.random.normal(jax.random.key(0), (512, 1)))
+    f, x = (lambda p, x: x * 0 + jnp.dot(jnp.eye(512), p["w"])), jnp.zeros((512, 1))
+    _, plan = jaxq.observe(f, jaxq.weight_only(jaxq.dynamic_fixed(4, calibrator=jaxq.learned())))({"w": w}, x)
+    none, leaf = plan.range("w")
+    plan = jaxq.Plan(plan.decisions, ((none, leaf._replace(value=off * leaf.value)),))
+    optimizer = optax.adam(0.03)
+
+    @jax.jit
+    def step(plan, state):
+        gradient = jax.grad(lambda plan: jnp.sum(jnp.square(jaxq.qat(f, plan)({"w": w}, x) - w)))(plan)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(plan, updates), state
+
+    state = optimizer.init(plan)
+    for _ in range(200):
+        plan, state = step(plan, state)
+
+    def error(exponent):
+        return np.square(2.0**exponent * np.clip(np.round(w / 2.0**exponent), -7, 7) - w).sum()
+
+    best = min(range(-8, 4), key=error)
+    scale = float(jaxq.convert(f, plan)({"w": w}, x)["w"].scale.squeeze())
+    assert abs(np.log2(scale) - best) <= 1 and scale == 2.0 ** round(np.log2(scale))
 
 
 def test_nan_shows_in_arrays_with_learned_steps():

@@ -10,11 +10,11 @@ from jax import lax
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
-from jaxq.interpretation.convert import convert
+from jaxq.interpretation.latent import codes_of_leaves
 from jaxq.interpretation.transforms import DEFAULT
 from jaxq.numbers.blocks import spread
 from jaxq.numbers.formats import Integers
-from jaxq.numbers.qarray import QArray, Stored
+from jaxq.numbers.qarray import QArray
 
 
 def dampening(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: int = 0) -> Callable[..., jax.Array]:
@@ -34,18 +34,9 @@ def dampening(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: int = 0)
     """
 
     def penalty(*args, **kwargs) -> jax.Array:
-        params = args[argnums]
-        still = jax.tree.map(lax.stop_gradient, args)
-        converted = convert(f, policy, argnums=argnums)(*still, **kwargs)
-        held = jax.tree.leaves_with_path(converted, is_leaf=lambda node: isinstance(node, (QArray, Stored)))
-        derived = [jax.tree_util.keystr(path) for path, leaf in held if isinstance(leaf, Stored)]
-        if derived:
-            raise ValueError(f"the weights at {', '.join(derived)} are derived from leaves: leave their sites out")
-        terms = [
-            jnp.sum(jnp.square(_error(leaf, x)))
-            for (_, leaf), x in zip(held, jax.tree.leaves(params), strict=True)
-            if isinstance(leaf, QArray)
-        ]
+        codes = codes_of_leaves(f, policy, argnums, args, kwargs)
+        pairs = zip(codes, jax.tree.leaves(args[argnums]), strict=True)
+        terms = [jnp.sum(jnp.square(_error(q, x))) for q, x in pairs if q is not None]
         return sum(terms, jnp.float32(0))
 
     return penalty
