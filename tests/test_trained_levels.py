@@ -190,3 +190,35 @@ def test_trained_they_serve_what_they_were_trained_for(quantizer, tmp_path):
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- DoReFa: a line of the model, and levels -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dorefa_is_a_derived_weight_at_uniform_levels(bits):
+    """Zhou et al. 2016, eq. 9: `2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1`, straight through `quantize_k`."""
+
+    def net(params, x):
+        w = jnp.tanh(params["w"])
+        return x @ (w / jax.lax.stop_gradient(jnp.max(jnp.abs(w))))
+
+    levels = jaxq.Levels(tuple(np.linspace(-1, 1, 2**bits).tolist()), f"dorefa{bits}")
+    policy = jaxq.weight_only(jaxq.Quantizer(levels, per_tensor=True))
+    bent = np.tanh(W.astype(np.float64))
+    most, steps = np.abs(bent).max(), 2**bits - 1
+    expected = 2 * np.round((bent / (2 * most) + 0.5) * steps) / steps - 1
+    np.testing.assert_allclose(jaxq.qat(net, policy)({"w": W}, np.eye(64, dtype=np.float32)), expected, atol=1e-6)
+    gradient = jax.grad(lambda w: jnp.sum(G * jaxq.qat(net, policy)({"w": w}, X)))(W)
+    np.testing.assert_allclose(gradient, upstream() * (1 - bent**2) / most, rtol=1e-4, atol=1e-5)
+    converted = jaxq.convert(net, policy)({"w": W}, X)
+    np.testing.assert_array_equal(
+        jax.jit(jaxq.quantize(net, policy))(converted, X), jax.jit(jaxq.qat(net, policy))({"w": W}, X)
+    )
+
+
+def test_dorefa_of_one_bit_is_binary_of_a_layer():
+    """Zhou et al. 2016, eq. 8: `sign(w) E|w|`."""
+    converted = jaxq.convert(product, jaxq.weight_only(jaxq.binary(per_tensor=True)))({"w": W}, X)["w"]
+    expected = np.where(W < 0, -1, 1) * np.abs(W.astype(np.float64)).mean()
+    np.testing.assert_allclose(converted.decode(), expected, rtol=1e-6)

@@ -33,7 +33,7 @@ from jaxq.numbers.formats import Codebook
 from jaxq.numbers.parameters import Parameters
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
-from jaxq.programs import jaxpr
+from jaxq.programs.late import late
 from jaxq.programs.ops import Dot, Embedding, Op
 
 
@@ -226,15 +226,16 @@ def _product_jvp(task: Task, primals, tangents):
 def _moved(task: Task, number: int, step: jax.Array, *primals) -> jax.Array:
     """Return how the output moves with a step of one operand, the others decoded.
 
-    Codes wait for the backward pass and are decoded there: a quarter of the memory of what is multiplied.
+    Codes wait for the backward pass and are decoded there, once the gradient is there: a quarter of the memory of what
+    is multiplied.
     """
 
-    def product(step, operands, coded, ranges, rest):
-        others = zip(operands, coded, ranges, strict=True)
+    def product(step, zero, operands, coded, ranges, rest):
+        others = zip(operands, (q and q.decoded_after(zero) for q in coded), ranges, strict=True)
         smooth = [step if n == number else _smooth(task, n, *other) for n, other in enumerate(others)]
         return _linear(task.op, *smooth, *rest)
 
-    return jaxpr.recomputed(product, step, *primals)
+    return late(product, step, *primals)
 
 
 def _linear(op: Op, *operands) -> jax.Array:

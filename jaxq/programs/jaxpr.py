@@ -55,6 +55,7 @@ MOVES = SAME_VALUE | {
 }
 PICKS = frozenset({prims.slice_p, SLICE, prims.reduce_window_max_p, prims.reduce_max_p, prims.reduce_min_p})
 JOINS = frozenset({prims.max_p, prims.min_p, prims.concatenate_p})
+LATE = jex.Primitive("late")  # whose rules are in `late`
 SELECT = prims.select_n_p
 PAD = prims.pad_p
 
@@ -210,6 +211,12 @@ def _expanded(eqn: Eqn, prim: Any) -> Subprogram:
     return Inline(as_body(closed), None)
 
 
+def _late(eqn: Eqn) -> Inline:
+    """See a linear function that comes late as the call that it is, its zero as a zero (see `late`)."""
+    program, avals = eqn.params["program"], [v.aval for v in eqn.invars]
+    return Inline(trace(lambda step, *rest: evaluate(program, step, np.float32(0), *rest), *avals)[0], None)
+
+
 _RECORDS: dict[Any, Callable[[Eqn], Subprogram]] = {
     prims.jit_p: _jit,
     prims.scan_p: _scan,
@@ -218,6 +225,7 @@ _RECORDS: dict[Any, Callable[[Eqn], Subprogram]] = {
     prims.remat_p: _remat,
     prims.custom_jvp_call_p: lambda eqn: CustomRule(as_body(eqn.params["call_jaxpr"]), forward=True),
     prims.custom_vjp_call_p: lambda eqn: CustomRule(as_body(eqn.params["call_jaxpr"]), forward=False),
+    LATE: _late,
     prims.closed_call_p: lambda eqn: Inline(as_body(eqn.params["call_jaxpr"]), None),
 }
 
@@ -313,11 +321,6 @@ class Context:
     def __exit__(self, *error):
         self.configuration.__exit__(*error)
         return self.source.__exit__(*error)
-
-
-def recomputed(fn: Callable, *args) -> Any:
-    """Run a function as `jax.checkpoint` does, unless by the newer primitive, which cannot be transposed."""
-    return fn(*args) if getattr(jax.config, "jax_remat3", False) else jax.checkpoint(fn)(*args)
 
 
 def evaluate(body: Body, *args) -> list:

@@ -1,0 +1,110 @@
+"""Linear functions whose transpose decodes late: derivatives of every order, batches, devices, and the memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq.programs.late import late
+
+CODES = jnp.arange(-6, 6, dtype=jnp.int8).reshape(3, 4)
+STEP = jnp.linspace(-1, 1, 6).reshape(2, 3)
+BY = jnp.linspace(0.5, 2, 4).reshape(1, 4)
+
+
+def decoded(step, zero, codes, by):
+    return step @ (codes * (by + zero))
+
+
+def plain(step, by=BY):
+    return step @ (CODES * by)
+
+
+def lazy(step, by=BY):
+    return late(decoded, step, CODES, by)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
+def test_values_and_derivatives_are_those_of_the_function(wrap):
+    ours, theirs = wrap(lazy), wrap(plain)
+    np.testing.assert_array_equal(ours(STEP), theirs(STEP))
+    for step, by in ((jnp.ones_like(STEP), jnp.zeros((1, 4))), (jnp.ones_like(STEP), jnp.ones((1, 4)))):
+        got, want = (jax.jvp(f, (STEP, BY), (step, by)) for f in (ours, theirs))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    got, want = (jax.grad(lambda s, b, f=f: jnp.sum(jnp.sin(f(s, b))), (0,))(STEP, BY) for f in (ours, theirs))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+
+
+def test_second_derivatives_by_the_step_and_forward_over_reverse_by_the_rest():
+    def loss(f):
+        return lambda s, b: jnp.sum(jnp.sin(f(s, b)))
+
+    got, want = (jax.hessian(loss(f))(STEP, BY) for f in (lazy, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for reverse in (jax.jacfwd, jax.jacrev):
+        got, want = (reverse(jax.grad(loss(f)), argnums=1)(STEP, BY) for f in (lazy, plain))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 0)])
+def test_batches_of_steps_and_of_what_they_meet(axes):
+    steps = jnp.stack([STEP, 2 * STEP], axis=axes[0] or 0) if axes[0] is not None else STEP
+    bys = jnp.stack([BY, 3 * BY]) if axes[1] is not None else BY
+
+    def gradient(f):
+        return jax.vmap(jax.grad(lambda s, b: jnp.sum(f(s, b) ** 2)), axes)(steps, bys)
+
+    np.testing.assert_allclose(jax.vmap(lazy, axes)(steps, bys), jax.vmap(plain, axes)(steps, bys), rtol=1e-6)
+    np.testing.assert_allclose(gradient(lazy), gradient(plain), rtol=1e-6)
+
+
+def test_gradients_of_single_examples_share_the_decoded_array():
+    """The zero is one for all, so that what it is added to stays one too."""
+    jaxpr = str(jax.make_jaxpr(jax.vmap(jax.grad(lambda s: jnp.sum(lazy(s) ** 2))))(jnp.stack([STEP] * 5)))
+    assert "f32[3,4]" in jaxpr and "f32[5,3,4]" not in jaxpr
+
+
+def test_no_gradient_no_work():
+    assert not np.any(jax.grad(lambda s: jnp.sum(jax.lax.stop_gradient(lazy(s))))(STEP))
+    np.testing.assert_array_equal(jax.grad(lambda s: jnp.nan * jnp.sum(lazy(s)))(STEP), np.full((2, 3), np.nan))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_few_bits(dtype):
+    step = STEP.astype(dtype)
+    got = jax.grad(lambda s: jnp.sum(late(decoded, s, CODES, BY.astype(dtype))).astype("float32"))(step)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype("float32"), jax.grad(lambda s: jnp.sum(plain(s)))(STEP), rtol=2e-2)
+
+
+def test_layers_are_decoded_one_after_the_other():
+    """All of them at once, as soon as can be, would be the memory of the float weights again."""
+    layers, width = 16, 256
+    params = [jax.random.normal(key, (width, width)) for key in jax.random.split(jax.random.key(0), layers)]
+
+    def model(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    step = jax.jit(jax.grad(lambda params, x: jaxq.qat(model)(params, x), argnums=1))
+    held = step.lower(params, jnp.ones((2, width))).compile().memory_analysis().temp_size_in_bytes
+    codes, floats = layers * width**2, 4 * layers * width**2
+    assert held < codes + floats / 4
+
+
+def test_a_gradient_is_a_program_like_others():
+    """Quantizing a function that holds the backward pass of a quantized one."""
+
+    def inner(w, x):
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    def update(w, x):
+        return x @ (w - 0.1 * jax.grad(jaxq.qat(inner))(w, x))
+
+    w, x = jax.random.normal(jax.random.key(0), (8, 4)), jax.random.normal(jax.random.key(1), (3, 8))
+    plan = jaxq.make_plan(update, jaxq.w8a8())(w, x)
+    assert any("backward" in d.reason for d in plan.decisions)
+    error = jaxq.qat(update, plan)(w, x) - update(w, x)
+    assert 0 < np.abs(error).max() < 0.1
