@@ -13,8 +13,8 @@ STEP = jnp.linspace(-1, 1, 6).reshape(2, 3)
 BY = jnp.linspace(0.5, 2, 4).reshape(1, 4)
 
 
-def decoded(step, zero, codes, by):
-    return step @ (codes * (by + zero))
+def decoded(step, codes, by):
+    return step @ (codes * by)
 
 
 def plain(step, by=BY):
@@ -60,7 +60,6 @@ def test_batches_of_steps_and_of_what_they_meet(axes):
 
 
 def test_gradients_of_single_examples_share_the_decoded_array():
-    """The zero is one for all, so that what it is added to stays one too."""
     jaxpr = str(jax.make_jaxpr(jax.vmap(jax.grad(lambda s: jnp.sum(lazy(s) ** 2))))(jnp.stack([STEP] * 5)))
     assert "f32[3,4]" in jaxpr and "f32[5,3,4]" not in jaxpr
 
@@ -78,9 +77,9 @@ def test_gradients_of_few_bits(dtype):
     np.testing.assert_allclose(got.astype("float32"), jax.grad(lambda s: jnp.sum(plain(s)))(STEP), rtol=2e-2)
 
 
-def test_layers_are_decoded_one_after_the_other():
-    """All of them at once, as soon as can be, would be the memory of the float weights again."""
-    layers, width = 16, 256
+def test_a_backward_pass_holds_codes_and_less_than_a_layer_of_floats():
+    """Without the barrier, layers are decoded before their gradient is there, and held."""
+    layers, width, batch = 4, 512, 128
     params = [jax.random.normal(key, (width, width)) for key in jax.random.split(jax.random.key(0), layers)]
 
     def model(params, x):
@@ -88,10 +87,11 @@ def test_layers_are_decoded_one_after_the_other():
             x = jnp.tanh(x @ w)
         return jnp.sum(x)
 
-    step = jax.jit(jax.grad(lambda params, x: jaxq.qat(model)(params, x), argnums=1))
-    held = step.lower(params, jnp.ones((2, width))).compile().memory_analysis().temp_size_in_bytes
-    codes, floats = layers * width**2, 4 * layers * width**2
-    assert held < codes + floats / 4
+    step = jax.jit(jax.grad(jaxq.qat(model)))
+    held = step.lower(params, jnp.ones((batch, width))).compile().memory_analysis().temp_size_in_bytes
+    codes, floats = layers * width * (width + batch), 4 * width * (width + batch)
+    # XLA of JAX 0.10 drops barriers before it orders a program.
+    assert codes < held < codes + (floats / 2 if jax.__version_info__ >= (0, 11) else floats)
 
 
 def test_a_gradient_is_a_program_like_others():

@@ -230,8 +230,8 @@ def _moved(task: Task, number: int, step: jax.Array, *primals) -> jax.Array:
     is multiplied.
     """
 
-    def product(step, zero, operands, coded, ranges, rest):
-        others = zip(operands, (q and q.decoded_after(zero) for q in coded), ranges, strict=True)
+    def product(step, operands, coded, ranges, rest):
+        others = zip(operands, coded, ranges, strict=True)
         smooth = [step if n == number else _smooth(task, n, *other) for n, other in enumerate(others)]
         return _linear(task.op, *smooth, *rest)
 

@@ -130,12 +130,6 @@ class QArray:
             values = lax.mul(values, blocks.spread(self.real_scale(), self.shape))
         return as_type(values, dtype or self.dtype)
 
-    def decoded_after(self, zero: jax.Array) -> "QArray":
-        """Return the same array, plain, to be decoded only when a zero is known: it is added to what codes count."""
-        if self.scale is None:
-            return dataclasses.replace(self, table=lax.add(self.table, jnp.broadcast_to(zero, self.table.shape)))
-        return dataclasses.replace(self, scale=lax.add(self.scale, jnp.broadcast_to(zero, self.scale.shape)))
-
     def values(self) -> jax.Array:
         """Return what the codes stand for before the scale: float32."""
         codes = self.codes

@@ -211,12 +211,6 @@ def _expanded(eqn: Eqn, prim: Any) -> Subprogram:
     return Inline(as_body(closed), None)
 
 
-def _late(eqn: Eqn) -> Inline:
-    """See a linear function that comes late as the call that it is, its zero as a zero (see `late`)."""
-    program, avals = eqn.params["program"], [v.aval for v in eqn.invars]
-    return Inline(trace(lambda step, *rest: evaluate(program, step, np.float32(0), *rest), *avals)[0], None)
-
-
 _RECORDS: dict[Any, Callable[[Eqn], Subprogram]] = {
     prims.jit_p: _jit,
     prims.scan_p: _scan,
@@ -225,7 +219,7 @@ _RECORDS: dict[Any, Callable[[Eqn], Subprogram]] = {
     prims.remat_p: _remat,
     prims.custom_jvp_call_p: lambda eqn: CustomRule(as_body(eqn.params["call_jaxpr"]), forward=True),
     prims.custom_vjp_call_p: lambda eqn: CustomRule(as_body(eqn.params["call_jaxpr"]), forward=False),
-    LATE: _late,
+    LATE: lambda eqn: Inline(eqn.params["program"], None),
     prims.closed_call_p: lambda eqn: Inline(as_body(eqn.params["call_jaxpr"]), None),
 }
 
