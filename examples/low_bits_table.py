@@ -13,14 +13,15 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-ORDER = ("8", "4", "2", "1", "k-means 32")
+ORDER = ("8", "4", "3", "2", "1", "k-means 32")
+PLACES = {bits: place for place, bits in enumerate(ORDER[:5])}  # of bits, from left to right
 Groups = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def grouped(folder: Path) -> Groups:
     """Read the runs, by task and bits, those of more bits first."""
     groups: Groups = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if "-float-" not in path.name):
         result = json.loads(path.read_text())
         groups[result["task"], result["bits"]].append(result)
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1]))))
@@ -74,14 +75,14 @@ def draw(groups: Groups, out: Path) -> None:
     tasks = list(dict.fromkeys(task for task, _ in groups))
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for color, task in zip(plt.cm.tab10.colors, tasks, strict=False):
-        found = {bits: results for (name, bits), results in groups.items() if name == task and bits in ORDER[:4]}
+        found = {bits: results for (name, bits), results in groups.items() if name == task and bits in PLACES}
         if not found:
             continue
         means = [100 * mean(r["quantized"] for r in results) for results in found.values()]
         spread = [100 * pstdev([r["quantized"] for r in results]) for results in found.values()]
-        axis.errorbar(range(-len(found), 0), means, spread, color=color, marker="o", capsize=3, label=task)
+        axis.errorbar([PLACES[bits] for bits in found], means, spread, color=color, marker="o", capsize=3, label=task)
         axis.axhline(100 * mean(r["float"] for rs in found.values() for r in rs), color=color, ls=":", lw=1)
-    axis.set_xticks(range(-4, 0), ORDER[:4])
+    axis.set_xticks(list(PLACES.values()), list(PLACES))
     axis.set(xlabel="bits of weights and activations (dotted: float)", ylabel="test accuracy, %")
     axis.legend()
     figure.savefig(out / "low_bits.png", dpi=120)

@@ -64,6 +64,18 @@ def test_gradients_of_single_examples_share_the_decoded_array():
     assert "f32[3,4]" in jaxpr and "f32[5,3,4]" not in jaxpr
 
 
+def test_constants_are_residuals_like_others():
+    table = np.linspace(0, 1, 4, dtype=np.float32)
+
+    def f(step):
+        return late(lambda step, codes: step @ jnp.asarray(table)[codes % 4], step, CODES[:, 0].reshape(3, 1))
+
+    exact = np.asarray(STEP) @ table[np.asarray(CODES[:, :1]) % 4]
+    np.testing.assert_allclose(jax.jit(f)(STEP), exact, rtol=1e-6)
+    gradient = jax.jit(jax.vmap(jax.grad(lambda s: jnp.sum(f(s)))))(jnp.stack([STEP, STEP]))
+    np.testing.assert_allclose(gradient, np.broadcast_to(table[np.asarray(CODES[:, 0]) % 4], (2, 2, 3)), rtol=1e-6)
+
+
 def test_no_gradient_no_work():
     assert not np.any(jax.grad(lambda s: jnp.sum(jax.lax.stop_gradient(lazy(s))))(STEP))
     np.testing.assert_array_equal(jax.grad(lambda s: jnp.nan * jnp.sum(lazy(s)))(STEP), np.full((2, 3), np.nan))

@@ -137,6 +137,11 @@ def _loss(fn):
     return loss
 
 
+# Most are above 0.999. In these a few units are moved across the kinks of ReLU and max-pooling, a large part of a tiny
+# network; by how much depends on the numbers drawn.
+KINKED = {"mlp": 0.985, "linen_cnn_eval": 0.99, "custom_vjp": 0.99}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if model(name).reverse])
 def test_gradients_point_where_float_gradients_point(name):
     entry, plan = model(name), planned(name, "dynamic")
@@ -147,8 +152,7 @@ def test_gradients_point_where_float_gradients_point(name):
         return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
     assert all(np.isfinite(leaf).all() for leaf in floats(exact))
-    # Most are above 0.999; rounding moves a few of the tiny networks' units across the kinks of ReLU and max-pooling.
-    assert cosine(floats(exact), floats(near)) >= 0.98
+    assert cosine(floats(exact), floats(near)) >= KINKED.get(name, 0.997)
 
 
 def test_the_order_of_batches_does_not_matter():

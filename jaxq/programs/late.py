@@ -18,6 +18,7 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 
 from jaxq.programs.jaxpr import LATE, evaluate, trace
+from jaxq.programs.records import Body
 
 
 def late(fn: Callable, step: jax.Array, *residuals: Any) -> jax.Array:
@@ -37,7 +38,16 @@ def late(fn: Callable, step: jax.Array, *residuals: Any) -> jax.Array:
 
 
 def _bind(fn: Callable, step: Any, flat: Sequence) -> jax.Array:
-    return LATE.bind(step, *flat, program=trace(fn, step, *flat)[0])
+    """Issue the primitive for a function of flat arguments; constants of its program become residuals."""
+    program = trace(fn, step, *flat)[0]
+    held = program.consts
+    if held:
+
+        def closed(step: Any, *flat: Any) -> jax.Array:
+            return evaluate(Body(program.jaxpr, flat[: len(held)]), step, *flat[len(held) :])[0]
+
+        return _bind(closed, step, [*held, *flat])
+    return LATE.bind(step, *flat, program=program)
 
 
 def _run(step: Any, *flat: Any, program: Any) -> jax.Array:
