@@ -51,7 +51,7 @@ class Block(nn.Module):
         h = nn.RMSNorm(name="norm_attention")(x)
         q, k, v = (dense(WIDTH, name)(h).reshape(*h.shape[:2], HEADS, -1) for name in ("query", "key", "value"))
         scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        seen = jnp.tril(jnp.ones((1, 1, *scores.shape[-2:]), bool))
         mixed = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(jnp.where(seen, scores, -1e9)), v)
         x = x + dense(WIDTH, "out")(mixed.reshape(h.shape))
         h = dense(4 * WIDTH, "up")(nn.RMSNorm(name="norm_mlp")(x))
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         places = self.param("places", nn.initializers.normal(0.02), (CONTEXT, WIDTH))
-        x = nn.Embed(self.characters, WIDTH, name="embed")(tokens) + places[: tokens.shape[1]]
+        x = nn.Embed(self.characters, WIDTH, name="embed")(tokens) + places[None, : tokens.shape[1]]
         for n in range(LAYERS):
             x = Block(name=f"block_{n}")(x)
         return nn.Dense(self.characters, name="head")(nn.RMSNorm(name="norm")(x))

@@ -18,6 +18,7 @@ from zoo.entry import drawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import char_transformer
 import datasets
 import integer_only
 import low_bits
@@ -294,6 +295,47 @@ def test_the_example_of_few_bits_runs_and_is_drawn(tmp_path, capsys):
     low_bits_table.main([str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert "| digits | 2 |" in capsys.readouterr().out
     assert {file.name for file in tmp_path.glob("low_bits*")} == {"low_bits.md", "low_bits.png", "low_bits_curves.png"}
+
+
+@pytest.mark.long
+def test_a_float_model_of_few_bits_is_trained_once(tmp_path):
+    first, second = (
+        low_bits.main(
+            ["--task", "digits_rows", "--bits", bits, "--epochs", "1", "--qat-epochs", "1", "--out", str(tmp_path)]
+        )
+        for bits in ("8", "4")
+    )
+    assert first[0]["float_curve"] == second[0]["float_curve"]
+    assert {file.name for file in tmp_path.glob("*float*")} == {
+        f"digits_rows-float-0.{e}" for e in ("json", "safetensors")
+    }
+
+
+@pytest.mark.long
+def test_the_character_transformer_runs_and_is_drawn(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 100)
+    options = ["--text", str(text), "--steps", "20", "--qat-steps", "4", "--out", str(tmp_path / "runs")]
+    results = char_transformer.main(options)
+    assert [r["method"] for r in results] == ["W8A8", "W4A8", "b1.58"]
+    assert all(r["bytes"][1] < 0.5 * r["bytes"][0] and abs(r["quantized"] - r["float"]) < 0.5 for r in results)
+    assert "| b1.58 | 20 + 20 | 0 |" in capsys.readouterr().out
+    names = {file.name for file in (tmp_path / "runs").iterdir()}
+    assert names == {
+        "char_transformer.md",
+        "char_transformer.png",
+        *(f"char-{m}-0.json" for m in char_transformer.METHODS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--data", "nowhere"], "no such file"), (["--methods", "W9A9"], "no W9A9; there are W8A8, W4A8, b1.58")],
+)
+def test_wrong_options_of_the_character_transformer_are_explained(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        char_transformer.main(argv)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.long
