@@ -74,6 +74,26 @@ def manual(policy):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
 
 
+def learned():
+    """Learned steps start inside `shard_map` too: those of all devices, on average, and are trained from there."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+
+    def fn(w, x):
+        return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))(w, x)
+
+    act = jaxq.Quantizer(jaxq.Int(8), per_tensor=True, calibrator=jaxq.learned())
+    scheme = jaxq.Scheme(weight=jaxq.int8(calibrator=jaxq.learned()), act=act)
+    _, plan = jaxq.observe(fn, scheme)(PARAMS["up"], X)
+    again, same = jaxq.observe(fn, plan, quantized=True)(PARAMS["up"], X)
+    assert all(np.array_equal(a.value, b.value) for a, b in zip(*(p.range("dot0") for p in (plan, same)), strict=True))
+    parts = [jaxq.observe(lambda w, x: x @ w, scheme)(PARAMS["up"], part)[1].range("dot0") for part in jnp.split(X, 4)]
+    for n, ours in enumerate(plan.range("dot0")):
+        np.testing.assert_allclose(ours.value, np.mean([part[n].value for part in parts], axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(again, jaxq.qat(lambda w, x: x @ w, plan)(PARAMS["up"], X))
+    gradient = jax.grad(lambda plan: jnp.sum(jnp.sin(jaxq.qat(fn, plan)(PARAMS["up"], X))))(plan)
+    assert all(np.any(np.asarray(r.value)) for r in gradient.range("dot0"))
+
+
 def explicit(policy):
     """A mesh with explicit axes, `out_sharding=` on the product."""
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
@@ -96,8 +116,13 @@ def explicit(policy):
         assert_same(policy, got, jaxq.qat(attention, jaxq.w8a8())(*map(jax.device_get, (heads, tokens))))
         assert all(bool(jnp.isfinite(g).all()) for g in pull(got))
         back = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.Backward(act=jaxq.int8()))
-        got, pull = jax.vjp(jaxq.qat(attention, back), PARAMS["up"].reshape(64, 8, 16), tokens)
-        assert all(bool(jnp.isfinite(g).all()) for g in pull(got))
+        alone = [jax.device_get(a) for a in (heads, tokens)]
+        got, pull = jax.vjp(jaxq.qat(attention, back), *alone)
+        expected = pull(got)
+        for weight in (alone[0], heads):
+            got, pull = jax.vjp(jaxq.qat(attention, back), weight, tokens)
+            for g, e in zip(pull(got), expected, strict=True):
+                np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-4)
         images = jax.device_put(X[:4, :48].reshape(4, 4, 4, 3), NamedSharding(mesh, P("d", None, None, None)))
         kernel = PARAMS["up"][:12, :6].reshape(2, 2, 3, 6)
         layout = ("NHWC", "HWIO", "NHWC")
@@ -107,6 +132,8 @@ def explicit(policy):
 
 
 if __name__ == "__main__":
+    learned()
+    print("passed learned", flush=True)
     for check in (automatic, manual, explicit):
         for policy in (jaxq.w8a8(), jaxq.w8a8(static=True), jaxq.weight_only()):
             check(policy)

@@ -25,7 +25,7 @@ from jaxq.interpretation import backward
 from jaxq.lowering import matrices
 from jaxq.numbers import codebooks, codecs, estimators, learning
 from jaxq.numbers.affine import Affine, encode, is_plain, raw_scale, settle
-from jaxq.numbers.blocks import hide, spread
+from jaxq.numbers.blocks import hide, spread, spread_axes
 from jaxq.numbers.calibrators import Leaf, Range
 from jaxq.numbers.estimators import EWGS
 from jaxq.numbers.fits import DKM
@@ -297,6 +297,7 @@ def _pulled(task: Task, number: int, g: jax.Array, operands: tuple, coded: tuple
     quantizer = task.backward.of(task.role(number))
     dx = backward.gradient(task.op, number, backward.Rounding(quantizer, key), g, other, x.shape)
     dx = lax.convert_element_type(dx, x.dtype)
+    dx = jax.sharding.reshard(dx, jax.typeof(x).sharding) if any(spread_axes(x)) or any(spread_axes(dx)) else dx
     return _through(task.quantizers[number], task.op.contracted[number], x, coded[number], ranges[number], dx)
 
 

@@ -17,6 +17,7 @@ from jaxq.decisions.decision import Decision
 from jaxq.interpretation.numerics import Task, round_output, run_site, weight_codes
 from jaxq.numbers import calibrators, histogram, learning
 from jaxq.numbers.affine import observe
+from jaxq.numbers.blocks import varying_axes
 from jaxq.numbers.calibrators import Leaf, Range
 from jaxq.numbers.histogram import Histogram
 from jaxq.numbers.parameters import Parameters
@@ -165,7 +166,7 @@ def _is_range(node: Any) -> bool:
 
 def over(reduce, x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Reduce over the mesh axes along which a value varies; where that is not tracked, over all."""
-    varying = getattr(jax.typeof(x), "vma", None)
+    varying = varying_axes(x)
     names = tuple(axes & varying) if varying else tuple(axes)
     return reduce(x, names) if names and (varying or varying is None) else x
 

@@ -100,6 +100,11 @@ def spread_axes(x: Any) -> list[bool]:
     return [axis < len(spec) and spec[axis] is not None for axis in range(len(x.shape))]
 
 
+def varying_axes(x: Any) -> frozenset[str] | None:
+    """Return the mesh axes that a value is known to vary along inside `shard_map`; None where that is not tracked."""
+    return getattr(getattr(jax.typeof(x), "mat", None), "varying", None)
+
+
 def hide(tree):
     """Put an optimization barrier on every array of a tree: what XLA may not see it may not round differently.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.numbers import apot, codebooks, codecs, steps, ttq
+from jaxq.numbers.blocks import varying_axes
 from jaxq.numbers.formats import Codebook, Int, Levels, vector_length
 from jaxq.numbers.parameters import OF_ZEROS, Learned, Parameters, is_settled
 from jaxq.numbers.qarray import QArray
@@ -63,7 +64,7 @@ def observe(
         return _trait(quantizer).start(quantizer, x, grid, importance)
 
     # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
-    apart = bool(getattr(jax.typeof(x), "vma", None))
+    apart = bool(varying_axes(x))
     value = start() if apart else lax.cond(is_settled(old.count), lambda: jax.tree.map(jnp.asarray, old.value), start)
     if 0 in x.shape:
         return Parameters(value, jnp.float32(0))

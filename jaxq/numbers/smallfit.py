@@ -107,6 +107,7 @@ def _best(one, whole: jax.Array, trials: np.ndarray) -> Fit:
         better = new.error < best.error
         return Fit(*(jnp.where(better, a, b) for a, b in zip(new, best, strict=True))), None
 
-    start = Fit(unit, jnp.zeros_like(unit), jnp.full(unit.shape, np.inf, jnp.float32))
+    # From the data, so that inside `shard_map` it varies over the devices that they do.
+    start = Fit(unit, *(jnp.where(some, x, x) for x in (np.float32(0), np.float32(np.inf))))
     best, _ = lax.scan(step, start, jnp.asarray(trials))
     return best._replace(scale=jnp.where(some, best.scale, 1))

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
+from jaxq.numbers.blocks import varying_axes
 from jaxq.programs.jaxpr import LATE, evaluate, trace
 from jaxq.programs.records import Body
 
@@ -67,10 +68,19 @@ def _transpose(g: Any, step: Any, *flat: Any, program: Any) -> list:
     """Pull a gradient back, through a barrier that holds back what the residuals are decoded to."""
     if type(g) is ad.Zero:
         return [ad.Zero(step.aval)] + [None] * len(flat)
-    *flat, g = lax.optimization_barrier((*flat, g))
+    *flat, g = _barred([*flat, g])
     start = ad.instantiate_zeros(ad.Zero(step.aval))  # linear, so anywhere; with the type that a step has
     _, pull = jax.vjp(lambda step: _run(step, *flat, program=program), start)
     return [pull(g)[0]] + [None] * len(flat)
+
+
+def _barred(arrays: list) -> list:
+    """Put one barrier around arrays; those that vary over other devices than the last stay outside, as they are."""
+    kinds = [varying_axes(x) for x in arrays]
+    same = [n for n, kind in enumerate(kinds) if kind == kinds[-1]]
+    for n, x in zip(same, lax.optimization_barrier([arrays[n] for n in same]), strict=True):
+        arrays[n] = x
+    return arrays
 
 
 def _batched(args: Sequence, axes: Sequence, *, program: Any) -> tuple[jax.Array, int]:
