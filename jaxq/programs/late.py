@@ -68,10 +68,10 @@ def _transpose(g: Any, step: Any, *flat: Any, program: Any) -> list:
     """Pull a gradient back, through a barrier that holds back what the residuals are decoded to."""
     if type(g) is ad.Zero:
         return [ad.Zero(step.aval)] + [None] * len(flat)
-    *flat, g = _barred([*flat, g])
+    *rest, g = _barred([*flat, g])
     start = ad.instantiate_zeros(ad.Zero(step.aval))  # linear, so anywhere; with the type that a step has
-    _, pull = jax.vjp(lambda step: _run(step, *flat, program=program), start)
-    return [pull(g)[0]] + [None] * len(flat)
+    _, pull = jax.vjp(lambda step: _run(step, *rest, program=program), start)
+    return [pull(g)[0]] + [None] * len(rest)
 
 
 def _barred(arrays: list) -> list:
