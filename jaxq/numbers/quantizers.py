@@ -153,7 +153,9 @@ class Quantizer:
                 "a codebook is fitted to all that was seen: use calibrator=jaxq.minmax(), or jaxq.learned()"
             )
         if isinstance(self.calibrator, Learned) and self.calibrator.rule == PACT and not isinstance(self.format, Int):
-            raise ValueError(f"rule='pact' learns where integers clip, not where {self.format} does: drop rule=")
+            raise ValueError(
+                f"rule='pact' learns where integers clip, {self.format} has centroids or levels: drop rule="
+            )
         if self.learned and self.stochastic:
             raise ValueError("learned parameters round to nearest: drop rounding=Stochastic() or learned()")
         if self.learned and (not isinstance(self.format, (Codebook, Int, Levels)) or self.scaling is not None):
