@@ -174,22 +174,22 @@ class Trainer:
                 starts = rng.integers(0, len(text.train) - CONTEXT, BATCH)
                 state, loss = step(state, *windows(text.train, starts))
                 if (n + 1) % EVERY == 0 or n + 1 == self.steps:
-                    curve.append(tested(predict, state[0], text)[0])
+                    curve.append(tested(predict, state[0], text))
                     bar.set_postfix(loss=f"{float(loss):.3f}", test=f"{curve[-1]:.4f}")
         return state[0], curve
 
 
-def tested(predict: Callable, variables: Any, text: Text) -> tuple[float, np.ndarray]:
-    """Return the mean loss over the test text in nats, and the logits of its first windows."""
+def tests(text: Text) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the test text in windows, as many at a time as a batch of a test."""
     starts = np.arange(0, len(text.test) - CONTEXT - 1, CONTEXT)
     starts = starts[: max(1, len(starts) // TESTED) * TESTED]
-    losses, first = [], None
-    for part in np.split(starts, range(TESTED, len(starts), TESTED)):
-        x, y = windows(text.test, part)
-        logits = predict(variables, x)
-        first = np.asarray(logits) if first is None else first
-        losses.append(float(cross_entropy(logits, jnp.asarray(y))) * len(part))
-    return sum(losses) / len(starts), first
+    return [windows(text.test, part) for part in np.split(starts, range(TESTED, len(starts), TESTED))]
+
+
+def tested(predict: Callable, variables: Any, text: Text) -> float:
+    """Return the mean loss over the test text in nats."""
+    losses = [(float(cross_entropy(predict(variables, x), jnp.asarray(y))), len(x)) for x, y in tests(text)]
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
 def run(name: str, seed: int, text: Text, floats: tuple[Any, list[float]], options: argparse.Namespace) -> dict:
@@ -201,14 +201,14 @@ def run(name: str, seed: int, text: Text, floats: tuple[Any, list[float]], optio
     trainer = Trainer(model, plan, method.rate, method.longer * options.qat_steps)
     trained, curve = trainer.train(variables, text, seed + 1000, name)
     converted = jaxq.convert(model.apply, plan)(trained, example)
-    loss, served = tested(jax.jit(jaxq.quantize(model.apply, plan)), converted, text)
-    if not np.array_equal(served, tested(jax.jit(trainer.predict), trained, text)[1]):
+    serve, (x, _) = jax.jit(jaxq.quantize(model.apply, plan)), tests(text)[0]
+    if not np.array_equal(serve(converted, x), jax.jit(trainer.predict)(trained, x)):
         raise AssertionError(f"{name}, seed {seed}: served logits are not those of training")
     return {
         "method": name,
         "seed": seed,
         "float": float_curve[-1],
-        "quantized": loss,
+        "quantized": tested(serve, converted, text),
         "float_curve": float_curve,
         "curve": curve,
         "bytes": [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (variables, converted)],
@@ -321,8 +321,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
                 file.write_text(json.dumps(results[-1], indent=1) + "\n")
             more = results[-1]["quantized"] - results[-1]["float"]
             print(f"seed {seed}, {name}: {results[-1]['quantized']:.4f} nats, {more:+.4f}", flush=True)
-    arguments = " ".join(argument for argument in ("--data DIR" if options.data else "", f"--steps {options.steps}"))
-    command = f"python examples/char_transformer.py {arguments.strip()} --qat-steps {options.qat_steps}"
+    where = "--data DIR " if options.data else ""
+    command = f"python examples/char_transformer.py {where}--steps {options.steps} --qat-steps {options.qat_steps}"
     text_of_table = table(results, f"{command} --seeds {options.seeds}")
     print(f"\n{text_of_table}")
     if options.out:

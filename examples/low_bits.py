@@ -31,10 +31,9 @@ from tqdm import tqdm
 import jaxq
 from datasets import load
 from low_bits_models import ConvNet, Perceptron, ResNet20, Rows, sign_like
-from train_qat import cross_entropy
+from train_qat import all_logits, cross_entropy
 
 RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
-EVALUATION_BATCH = 500
 SAMPLES = 256  # that learned steps start from
 SHIFT = 4  # pixels that an augmented image is moved by, at most
 
@@ -125,14 +124,12 @@ def moved(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def logits_of(predict: Callable, weights: Any, data: Data) -> np.ndarray:
-    """Return the logits of the test images, [n, 10]; what does not fill a batch is left out."""
-    size = min(EVALUATION_BATCH, len(data.test_x))
-    starts = range(0, len(data.test_x) // size * size, size)
-    return np.concatenate([predict(weights, real(data.test_x[start : start + size])) for start in starts])
+    """Return the logits of the test images, [n, 10]."""
+    return all_logits(lambda weights, x: predict(weights, real(x)), weights, data.test_x)
 
 
 def accuracy(logits: np.ndarray, data: Data) -> float:
-    return float(np.mean(logits.argmax(-1) == np.asarray(data.test_y[: len(logits)])))
+    return float(np.mean(logits.argmax(-1) == np.asarray(data.test_y)))
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,7 @@ def dropped(quantizer, share):
 
 def plans(name, share=0.5):
     """Return plans that differ in what is dropped alone."""
-    pair = []
-    for s in (share, 0.0):
-        pair.append(jaxq.observe(product, dropped(ACT[name], s))(W, X)[1])
-    return pair
+    return [jaxq.observe(product, dropped(ACT[name], s))(W, X)[1] for s in (share, 0.0)]
 
 
 def rounded(plan, x=X):

@@ -5,35 +5,34 @@ A pure function of a state, the step's threshold and the weights, to be called a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.interpretation.latent import codes_of_leaves
 from jaxq.interpretation.transforms import DEFAULT
-from jaxq.numbers.blocks import spread
 from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.qarray import QArray
 
 
 class Oscillations(NamedTuple):
-    """How the code of every weight has moved; float32 of a weight's shape, one array for each that is quantized.
+    """How the codes of a weight have moved, or a tuple for all that are quantized; float32 of a weight's shape.
 
     codes: at the last step; direction: the sign of the last move, 0 before any; frequency: the moving average of
     oscillations, moves against the last one; average: that of the codes; frozen: whether it stays.
     """
 
-    codes: tuple[jax.Array, ...]
-    direction: tuple[jax.Array, ...]
-    frequency: tuple[jax.Array, ...]
-    average: tuple[jax.Array, ...]
-    frozen: tuple[jax.Array, ...]
+    codes: Any
+    direction: Any
+    frequency: Any
+    average: Any
+    frozen: Any
 
 
 class Freezing(NamedTuple):
@@ -41,16 +40,6 @@ class Freezing(NamedTuple):
 
     init: Callable[..., Oscillations]
     update: Callable[..., tuple[Any, Oscillations]]
-
-
-class _Weight(NamedTuple):
-    """What `Oscillations` hold of one weight."""
-
-    codes: jax.Array
-    direction: jax.Array
-    frequency: jax.Array
-    average: jax.Array
-    frozen: jax.Array
 
 
 def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 0.01, argnums: int = 0) -> Freezing:
@@ -83,7 +72,7 @@ def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 
     def update(state: Oscillations, threshold: Any, *args, **kwargs) -> tuple[Any, Oscillations]:
         codes = _checked(codes_of_leaves(f, policy, argnums, args, kwargs))
         leaves, tree = jax.tree.flatten(args[argnums])
-        olds = iter([_Weight(*parts) for parts in zip(*state, strict=True)])
+        olds = iter([Oscillations(*parts) for parts in zip(*state, strict=True)])
         news = []
         for n, q in enumerate(codes):
             if q is not None:
@@ -105,7 +94,7 @@ def _checked(codes: Sequence[QArray | None]) -> Sequence[QArray | None]:
     return codes
 
 
-def _moved(old: _Weight, q: QArray, threshold: Any, momentum: float) -> _Weight:
+def _moved(old: Oscillations, q: QArray, threshold: Any, momentum: float) -> Oscillations:
     """Return what is known of a weight after one more step; codes of frozen ones stay what they are."""
     codes = jnp.where(old.frozen, old.codes, _wide(q))
     move = jnp.sign(codes - old.codes)
@@ -114,7 +103,7 @@ def _moved(old: _Weight, q: QArray, threshold: Any, momentum: float) -> _Weight:
     average = momentum * codes + (1 - momentum) * old.average
     frozen = old.frozen | (frequency > threshold)
     codes = jnp.where(frozen & ~old.frozen, lax.round(average, lax.RoundingMethod.TO_NEAREST_EVEN), codes)
-    return _Weight(codes, jnp.where(move != 0, move, old.direction), frequency, average, frozen)
+    return Oscillations(codes, jnp.where(move != 0, move, old.direction), frequency, average, frozen)
 
 
 def _wide(q: QArray) -> jax.Array:
@@ -122,6 +111,6 @@ def _wide(q: QArray) -> jax.Array:
 
 
 def _value(q: QArray, codes: jax.Array) -> jax.Array:
-    """Return what codes stand for with the scale and zero point of `q`: float32."""
-    zero = np.float32(0) if q.zero_point is None else spread(q.zero_point.astype(jnp.float32), q.shape)
-    return (codes - zero) * spread(q.real_scale(), q.shape)
+    """Return what other codes stand for with the scale and zero point of `q`: float32."""
+    stored = lax.convert_element_type(codes, q.format.storage)
+    return dataclasses.replace(q.plain(), stored=stored).decode(jnp.float32)

@@ -118,25 +118,22 @@ def run_site(task: Task, operands: tuple, ranges: tuple, rest: tuple, key: jax.A
     keys = _keys(key, len(operands))
     coded = tuple(_coded(task, n, x, ranges[n], keys[n]) for n, x in enumerate(operands))
     if key is not None and any(q is not None and q.drop for q in task.quantizers):
-        operands, coded, ranges = _dropped(task, operands, coded, ranges, key)
+        own = _keys(key, len(operands), 1)
+        parts = zip(operands, coded, ranges, own, strict=True)
+        operands, coded, ranges = zip(*(_dropped(task, n, *part) for n, part in enumerate(parts)), strict=True)
     operands = tuple(map(_estimated, task.quantizers, operands, coded))
     if task.backward is not None and not any(isinstance(x, QArray) for x in operands):
         return _trained(task, operands, coded, ranges, rest, key)
     return _product(task, operands, coded, ranges, rest)
 
 
-def _dropped(task: Task, operands: tuple, coded: tuple, ranges: tuple, key: jax.Array) -> tuple[tuple, ...]:
-    """Return operands, codes and ranges; where quantization is dropped at random, a float operand with neither."""
-    triples = []
-    keys = jax.random.split(jax.random.fold_in(key, 2**31 + 1), len(operands))
-    for n, (x, q, quantizer) in enumerate(zip(operands, coded, task.quantizers, strict=True)):
-        if q is None or isinstance(x, QArray) or not quantizer.drop:
-            triples.append((x, q, ranges[n]))
-            continue
-        rounded = _imitation(quantizer, task.op.contracted[n], _estimated(quantizer, x, q), q, ranges[n])
-        stays = jax.random.bernoulli(keys[n], quantizer.drop, x.shape)
-        triples.append((lax.select(stays, x, rounded), None, None))
-    return tuple(zip(*triples, strict=True))
+def _dropped(task: Task, number: int, x: Any, q: QArray | None, r: Leaf | None, key: jax.Array) -> tuple:
+    """Return an operand, its codes and its range; where quantization is dropped at random, a float one with neither."""
+    quantizer = task.quantizers[number]
+    if q is None or isinstance(x, QArray) or not quantizer.drop:
+        return x, q, r
+    rounded = _imitation(quantizer, task.op.contracted[number], _estimated(quantizer, x, q), q, r)
+    return lax.select(jax.random.bernoulli(key, quantizer.drop, x.shape), x, rounded), None, None
 
 
 def _estimated(quantizer: Quantizer | None, x: Any, q: QArray | None) -> Any:
@@ -151,9 +148,9 @@ def _estimated(quantizer: Quantizer | None, x: Any, q: QArray | None) -> Any:
     return estimators.shaped(quantizer.estimator, x, error)
 
 
-def _keys(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Return a key for each operand, other than those that the backward pass splits the same key into."""
-    return [None] * count if key is None else list(jax.random.split(jax.random.fold_in(key, 2**31), count))
+def _keys(key: jax.Array | None, count: int, use: int = 0) -> list[jax.Array | None]:
+    """Return a key for each operand and use, other than those that the backward pass splits the same key into."""
+    return [None] * count if key is None else list(jax.random.split(jax.random.fold_in(key, 2**31 + use), count))
 
 
 def _coded(task: Task, number: int, x, r: Leaf | None, key: jax.Array | None) -> QArray | None:

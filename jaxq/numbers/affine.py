@@ -51,6 +51,11 @@ def range_of(x: jax.Array, grid: Sequence[int]) -> Range:
     return Range(lax.min(lo, np.float32(0)), lax.max(hi, np.float32(0)), lax.full_like(lo, 1))
 
 
+def width_of(r: Range) -> jax.Array:
+    """Return the largest absolute value of a range."""
+    return lax.max(lax.neg(r.lo), r.hi)
+
+
 def observe(quantizer: Quantizer, x: jax.Array) -> Range:
     """Return what one array shows of its values: its range, one observation; none if it is empty."""
     x = lax.stop_gradient(x)
@@ -130,7 +135,7 @@ def _fitted(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> Affine:
 
 def _guarded(r: Range, affine: Affine) -> Affine:
     """Return a scale that is one where all values are zero, and NaN where one is NaN or infinite."""
-    width = lax.max(lax.neg(r.lo), r.hi)
+    width = width_of(r)
     scale = lax.select(lax.eq(width, np.float32(0)), lax.full_like(width, 1), affine.scale)
     return Affine(lax.select(lax.eq(width, np.float32(np.inf)), lax.full_like(width, np.nan), scale), affine.zero_point)
 

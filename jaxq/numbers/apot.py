@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxq.numbers import affine, blocks, codecs, microscaling
 from jaxq.numbers.formats import Levels
+from jaxq.numbers.parameters import change_of_size
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def levels(bits: int, *, signed: bool) -> Levels:
     """Return the levels of `bits` bits: a sum of terms of two bits, and one of one bit where the number is odd.
 
     A term is zero or one of three powers of two, dealt out in turns from 1/2 down; a signed level is such a sum of one
-    bit less, or its negative. Raises `ValueError` for other than 2 to 8 bits, 2 to 6 unsigned ones.
+    bit less, or its negative. Raises `ValueError` for other than 2 to 7 bits, 2 to 6 unsigned ones.
 
     >>> [round(8 * v, 2) for v in levels(4, signed=True).values][7:]
     [0.0, 0.8, 1.6, 2.4, 3.2, 4.8, 6.4, 8.0]
@@ -56,8 +57,7 @@ def levels(bits: int, *, signed: bool) -> Levels:
 def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array | None = None) -> jax.Array:
     """Return the range of least squared error among parts of the largest value, [*grid]; one for zeros."""
     del importance
-    r = affine.range_of(x, grid)
-    width = lax.max(lax.neg(r.lo), r.hi)
+    width = affine.width_of(affine.range_of(x, grid))
     rows = blocks.to_rows(lax.convert_element_type(x, jnp.float32), grid)
     whole = lax.reshape(lax.select(lax.eq(width, np.float32(0)), lax.full_like(width, 1), width), (rows.shape[0], 1))
     values = _form(quantizer).values
@@ -87,8 +87,7 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: jax.Array, chan
     """Return how the decoded array moves with the range."""
     units = _units(x, q.scale)
     kept = lax.select(_inside(quantizer, units), units, lax.full_like(units, 0))
-    flipped = lax.select(lax.lt(value, np.float32(0)), lax.neg(change), change)
-    moved = lax.mul(lax.sub(q.values(), kept), jnp.broadcast_to(blocks.spread(flipped, x.shape), x.shape))
+    moved = lax.mul(lax.sub(q.values(), kept), blocks.broadcast(change_of_size(value, change), x.shape))
     return lax.convert_element_type(moved, x.dtype)
 
 
@@ -104,4 +103,4 @@ def _inside(quantizer: Quantizer, units: jax.Array) -> jax.Array:
 
 def _units(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Return values in units of their range."""
-    return lax.div(lax.convert_element_type(x, jnp.float32), jnp.broadcast_to(blocks.spread(scale, x.shape), x.shape))
+    return lax.div(lax.convert_element_type(x, jnp.float32), blocks.broadcast(scale, x.shape))

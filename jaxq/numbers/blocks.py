@@ -94,6 +94,11 @@ def thinned(x: jax.Array, grid: Sequence[int], larger: Callable) -> jax.Array:
     return lax.reduce_window(x, np.zeros((), x.dtype), larger, window, window, "VALID")
 
 
+def broadcast(per_block: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Return a number of every block at each of its values: [*shape]."""
+    return jnp.broadcast_to(spread(per_block, shape), shape)
+
+
 def spread_axes(x: Any) -> list[bool]:
     """Tell for each axis whether it is known to be spread over devices, by explicit sharding; of shapes, it is not."""
     spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()

@@ -62,7 +62,7 @@ def inside(quantizer: Quantizer, x: jax.Array, q: QArray, r: Range | None = None
 
 def _beyond(x: jax.Array, end: jax.Array, sign: int) -> jax.Array:
     """Return where `x` is not beyond one end of a range."""
-    wide = jnp.broadcast_to(blocks.spread(end, x.shape), x.shape)
+    wide = blocks.broadcast(end, x.shape)
     values = lax.convert_element_type(x, jnp.float32)
     return lax.le(values, wide) if sign > 0 else lax.ge(values, wide)
 
@@ -109,7 +109,7 @@ def _ternary(form: Ternary, quantizer: Quantizer, x: jax.Array, grid: Grid, r: R
     del r
     size = lax.abs(lax.convert_element_type(x, jnp.float32))
     mean = lax.reshape(means.mean_abs(blocks.to_rows(x, grid)), grid)
-    limit = jnp.broadcast_to(blocks.spread(lax.mul(mean, np.float32(form.threshold)), x.shape), x.shape)
+    limit = blocks.broadcast(lax.mul(mean, np.float32(form.threshold)), x.shape)
     large = lax.gt(size, limit)
     codes = lax.select(large, lax.select(lax.lt(x, lax.full_like(x, 0)), _ones(x, -1), _ones(x, 1)), _ones(x, 0))
     of_large = lax.reshape(means.mean_abs(blocks.to_rows(size, grid), blocks.to_rows(large, grid)), grid)
@@ -148,7 +148,7 @@ def _scaled(quantizer: Quantizer, x: jax.Array, grid, r: Range | None, largest: 
     else:
         scale = affine.step(width, largest)
     q = QArray(x, scale, None, quantizer.format, x.dtype, outer=outer)
-    real = jnp.broadcast_to(blocks.spread(q.real_scale(), x.shape), x.shape)
+    real = blocks.broadcast(q.real_scale(), x.shape)
     values = lax.div(lax.convert_element_type(x, jnp.float32), real)
     codes = nearest(lax.select(lax.eq(real, np.float32(0)), lax.full_like(values, 0), values))
     return QArray(codes, scale, None, quantizer.format, x.dtype, outer=outer)
@@ -156,8 +156,7 @@ def _scaled(quantizer: Quantizer, x: jax.Array, grid, r: Range | None, largest: 
 
 def _width(x: jax.Array, grid, r: Range | None) -> jax.Array:
     """Return the largest absolute value of every block, infinity for NaN."""
-    ends = affine.range_of(x, grid) if r is None else r
-    return lax.max(lax.neg(ends.lo), ends.hi)
+    return affine.width_of(affine.range_of(x, grid) if r is None else r)
 
 
 def _floor_power(width: jax.Array, emax: int) -> jax.Array:

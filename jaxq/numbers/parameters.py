@@ -91,6 +91,11 @@ def learned(*, frozen: bool = False, rule: str = LSQ) -> Learned:
     return Learned(frozen, rule)
 
 
+def change_of_size(value: jax.Array, change: jax.Array) -> jax.Array:
+    """Return how the absolute value of a parameter changes with it: `sign(value) change`, zero counting as positive."""
+    return jnp.where(value < 0, -change, change)
+
+
 def first(a: Parameters, b: Parameters) -> Parameters:
     """Return the parameters that were observed, the former of two."""
     return _chosen(is_settled(a.count) | (~is_settled(b.count) & (jnp.asarray(a.count) > 0)), a, b)

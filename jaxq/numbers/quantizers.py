@@ -72,7 +72,7 @@ class Quantizer:
         self._check_format()
         self._check_calibrator()
         self._check_scaling()
-        self._check_estimator()
+        self._check_training()
 
     def _check_codebook(self) -> None:
         """Raise for what only codebooks, or only those of single numbers, can do."""
@@ -125,8 +125,8 @@ class Quantizer:
                 f"scales {self.scaling} follow a rule of their own: drop fit=, power_of_two= and symmetric="
             )
 
-    def _check_estimator(self) -> None:
-        """Raise for what is no estimator, or one that this format has no use for."""
+    def _check_training(self) -> None:
+        """Raise for what is no estimator or no share, or an estimator that this format has no use for."""
         if self.estimator is not None and not isinstance(self.estimator, Estimator):
             raise TypeError(
                 f"estimator= takes jaxq.EWGS(), jaxq.HardTanh() or jaxq.ApproxSign(), got {self.estimator!r}"

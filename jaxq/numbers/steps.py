@@ -60,7 +60,7 @@ def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: Any) -> jax.Array:
     """Return how the decoded array moves with the steps and, where it is clipped, with the lowest values."""
     (step, _), (longer, higher) = _parts(quantizer, value), _parts(quantizer, change)
-    units = lax.div(lax.convert_element_type(x, jnp.float32), _spread(q.scale, x))
+    units = lax.div(lax.convert_element_type(x, jnp.float32), blocks.broadcast(q.scale, x.shape))
     low, high = (_end(quantizer, q, x, end) for end in quantizer.bounds())
     kept = lax.bitwise_and(lax.ge(units, low), lax.le(units, high))
     rounded = _end(quantizer, q, x, q.codes)
@@ -68,9 +68,9 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: An
     steps = lax.sub(rounded, lax.select(kept, inner, _origin(quantizer, low)))
     # The step in use over the parameter: its sign, and how far it was rounded up.
     ratio = lax.select(lax.eq(step, np.float32(0)), lax.full_like(step, 1), lax.div(q.scale, step))
-    moved = lax.mul(steps, _spread(lax.mul(ratio, longer), x))
+    moved = lax.mul(steps, blocks.broadcast(lax.mul(ratio, longer), x.shape))
     if higher is not None:
-        moved = lax.add(moved, lax.select(kept, lax.full_like(moved, 0), _spread(higher, x)))
+        moved = lax.add(moved, lax.select(kept, lax.full_like(moved, 0), blocks.broadcast(higher, x.shape)))
     return lax.convert_element_type(lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)
 
 
@@ -78,7 +78,9 @@ def _end(quantizer: Quantizer, q: QArray, x: jax.Array, codes: Any) -> jax.Array
     """Return codes as what they stand for, in steps."""
     wide = jnp.broadcast_to(jnp.asarray(codes, jnp.float32), x.shape)
     return (
-        wide if q.zero_point is None else lax.sub(wide, _spread(lax.convert_element_type(q.zero_point, jnp.float32), x))
+        wide
+        if q.zero_point is None
+        else lax.sub(wide, blocks.broadcast(lax.convert_element_type(q.zero_point, jnp.float32), x.shape))
     )
 
 
@@ -103,7 +105,3 @@ def _share(quantizer: Quantizer, x: jax.Array, q: QArray) -> float:
 
 def _parts(quantizer: Quantizer, value: Any) -> tuple[jax.Array, jax.Array | None]:
     return (value, None) if quantizer.symmetric else value
-
-
-def _spread(per_block: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(blocks.spread(per_block, x.shape), x.shape)

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxq.numbers import affine, blocks, codecs, means
 from jaxq.numbers.formats import Codebook
-from jaxq.numbers.parameters import Learned
+from jaxq.numbers.parameters import Learned, change_of_size
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -46,9 +46,8 @@ def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: Pair) -> QArray:
     """Return codes of a table of three, NaN where a block is not finite."""
     assert isinstance(quantizer.format, Codebook)
-    up, down = (lax.mul(lax.abs(part), codecs.constant(x, grid, 1.0)) for part in value)
-    table = jnp.stack([lax.neg(down), lax.full_like(up, 0), up], axis=-1)
-    return QArray(_codes(quantizer, x, grid), None, None, quantizer.format, x.dtype, table=table)
+    pair = (lax.mul(lax.abs(part), codecs.constant(x, grid, 1.0)) for part in value)
+    return QArray(_codes(quantizer, x, grid), None, None, quantizer.format, x.dtype, table=_table(*pair))
 
 
 def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
@@ -62,22 +61,21 @@ def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.
 def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Pair, change: Pair) -> jax.Array:
     """Return how the decoded array moves with the two numbers."""
     del quantizer
-    up, down = (lax.mul(_sign(part), step) for part, step in zip(value, change, strict=True))
-    moved = dataclasses.replace(q, table=jnp.stack([lax.neg(down), lax.full_like(up, 0), up], axis=-1))
+    moved = dataclasses.replace(q, table=_table(*map(change_of_size, value, change)))
     return lax.convert_element_type(moved.values(), x.dtype)
 
 
-def _sign(x: jax.Array) -> jax.Array:
-    return lax.select(lax.lt(x, np.float32(0)), lax.full_like(x, -1), lax.full_like(x, 1))
+def _table(up: jax.Array, down: jax.Array) -> jax.Array:
+    """Return what the three codes stand for: [*grid, 3]."""
+    return jnp.stack([lax.neg(down), lax.full_like(up, 0), up], axis=-1)
 
 
 def _codes(quantizer: Quantizer, x: jax.Array, grid: Grid) -> jax.Array:
     """Return on which side of the thresholds every value is: uint8, of x's shape."""
     wide = lax.convert_element_type(x, jnp.float32)
-    r = affine.range_of(x, grid)
     assert isinstance(quantizer.calibrator, Learned) and quantizer.calibrator.threshold is not None
-    limit = lax.mul(lax.max(lax.neg(r.lo), r.hi), np.float32(quantizer.calibrator.threshold))
-    limit = jnp.broadcast_to(blocks.spread(limit, x.shape), x.shape)
+    width = affine.width_of(affine.range_of(x, grid))
+    limit = blocks.broadcast(lax.mul(width, np.float32(quantizer.calibrator.threshold)), x.shape)
     above, below = lax.gt(wide, limit), lax.lt(wide, lax.neg(limit))
     return lax.select(
         above,

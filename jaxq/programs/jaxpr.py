@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend import core as jex
 from jax.extend import source_info_util
 from jax.extend.core import primitives as prims
-from jax.interpreters import partial_eval
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from jaxq.programs.records import (
     Body,
@@ -32,6 +32,8 @@ from jaxq.programs.records import (
 )
 
 Literal = jex.Literal
+Zero = ad.Zero  # a tangent or gradient known to be zero
+filled = ad.instantiate_zeros  # one with numbers
 Eqn = Any  # a jex.JaxprEqn; its declared types hide that values have shapes and dtypes
 
 DOT = prims.dot_general_p
@@ -332,6 +334,16 @@ def prune(body: Body) -> tuple[Body, list[bool]]:
 def is_staged(value: Any) -> bool:
     """Tell whether a value is an argument of a program that is being traced right now (`jit`, `scan`, `make_jaxpr`)."""
     return isinstance(value, partial_eval.DynamicJaxprTracer)
+
+
+def define(primitive: Any, *, run: Callable, jvp: Callable, transpose: Callable, batched: Callable) -> None:
+    """Give a primitive of one output, that of the program it has for a parameter, its rules."""
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(lambda *avals, program: program.jaxpr.outvars[0].aval)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.interpreters import ad, batching, mlir
 
 from jaxq.numbers.blocks import varying_axes
-from jaxq.programs.jaxpr import LATE, evaluate, trace
+from jaxq.programs.jaxpr import LATE, Zero, define, evaluate, filled, trace
 from jaxq.programs.records import Body
 
 
@@ -58,18 +57,18 @@ def _run(step: Any, *flat: Any, program: Any) -> jax.Array:
 def _jvp(primals: Sequence, tangents: Sequence, *, program: Any) -> tuple[jax.Array, Any]:
     """Differentiate: the function itself on a change of the step; its program where residuals change as well."""
     out = LATE.bind(*primals, program=program)
-    if all(type(t) is ad.Zero for t in tangents[1:]):
+    if all(type(t) is Zero for t in tangents[1:]):
         return out, LATE.bind(tangents[0], *primals[1:], program=program)
-    made = [ad.instantiate_zeros(t) for t in tangents]
+    made = [filled(t) for t in tangents]
     return out, jax.jvp(lambda *args: _run(*args, program=program), tuple(primals), tuple(made))[1]
 
 
 def _transpose(g: Any, step: Any, *flat: Any, program: Any) -> list:
     """Pull a gradient back, through a barrier that holds back what the residuals are decoded to."""
-    if type(g) is ad.Zero:
-        return [ad.Zero(step.aval)] + [None] * len(flat)
+    if type(g) is Zero:
+        return [Zero(step.aval)] + [None] * len(flat)
     *rest, g = _barred([*flat, g])
-    start = ad.instantiate_zeros(ad.Zero(step.aval))  # linear, so anywhere; with the type that a step has
+    start = filled(Zero(step.aval))  # linear, so anywhere; with the type that a step has
     _, pull = jax.vjp(lambda step: _run(step, *rest, program=program), start)
     return [pull(g)[0]] + [None] * len(rest)
 
@@ -88,9 +87,4 @@ def _batched(args: Sequence, axes: Sequence, *, program: Any) -> tuple[jax.Array
     return _bind(mapped, args[0], args[1:]), 0
 
 
-LATE.def_impl(_run)
-LATE.def_abstract_eval(lambda *avals, program: program.jaxpr.outvars[0].aval)
-ad.primitive_jvps[LATE] = _jvp
-ad.primitive_transposes[LATE] = _transpose
-batching.primitive_batchers[LATE] = _batched
-mlir.register_lowering(LATE, mlir.lower_fun(_run, multiple_results=False))
+define(LATE, run=_run, jvp=_jvp, transpose=_transpose, batched=_batched)

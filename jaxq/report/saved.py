@@ -95,5 +95,5 @@ def _expected(q: QArray, values: jax.Array) -> Noise:
     """Return the noise of rounding to a uniform grid, `step^2 / 12` for each value; nothing seen for other grids."""
     if not isinstance(q.format, (Int, Fixed)):
         return Noise(*(jnp.float32(0),) * 3)
-    step = jnp.broadcast_to(blocks.spread(q.real_scale(), q.shape), q.shape)
+    step = blocks.broadcast(q.real_scale(), q.shape)
     return noise.of(values, values + lax.mul(step, np.float32(12**-0.5)))
