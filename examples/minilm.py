@@ -1,10 +1,12 @@
 """MiniLM in plain JAX: sentence embeddings in float and in int8 on STS-B, and a report of what int8 does to it.
 
     python examples/minilm.py --model DIR --stsb DIR --html report.html --picture report.png
+    python examples/minilm.py --model DIR --stsb DIR --integer
 
 DIR of the model (all-MiniLM-L6-v2) holds `model.safetensors` and `vocab.txt`, DIR of STS-B `sts-dev.csv`, at any depth.
 Nothing is downloaded. It prints Spearman's correlation of float and int8 with the human scores, and how long the report
-took. `--html` writes the report as one page; `--picture` takes a screenshot of it with chromium.
+took. `--html` writes the report as one page; `--picture` takes a screenshot of it with chromium. `--integer` runs the
+encoder in integers alone, and prints how near its embeddings are to the float model's.
 """
 
 import argparse
@@ -13,19 +15,22 @@ import json
 import math
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import jaxq
 
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
 LENGTH, BATCH = 64, 32  # tokens of a sentence, sentences of a batch
 REPORT_BATCHES = 8
+CALIBRATION = 8  # batches
+REPEATS = 7
 PICTURE_HEIGHT = 1274  # down to the end of a chart
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -69,8 +74,8 @@ def attend(layer: dict[str, Any], x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
 
 
-def encode(params: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return embeddings of length one: tokens and mask [batch, tokens] -> [batch, features]."""
+def features(params: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return what the encoder makes of each token: tokens and mask [batch, tokens] -> [batch, tokens, features]."""
     tables = params["embeddings"]
     x = jnp.take(tables["word_embeddings"]["weight"], tokens, axis=0)
     x = x + tables["position_embeddings"]["weight"][None, : tokens.shape[1]]
@@ -81,9 +86,19 @@ def encode(params: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Ar
         x = normalize(inner["output"]["LayerNorm"], x + dense(inner["output"]["dense"], attend(inner["self"], x, mask)))
         hidden = jax.nn.gelu(dense(layer["intermediate"]["dense"], x), approximate=False)
         x = normalize(layer["output"]["LayerNorm"], x + dense(layer["output"]["dense"], hidden))
+    return x
+
+
+def pooled(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return embeddings of length one, the mean over the tokens that are there: [batch, features]."""
     present = mask[..., None].astype(x.dtype)
     mean = (x * present).sum(1) / present.sum(1)
     return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def encode(params: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return embeddings of length one: tokens and mask [batch, tokens] -> [batch, features]."""
+    return pooled(features(params, tokens, mask), mask)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -154,7 +169,12 @@ def similarity(program: Any, weights: Any, pairs: Pairs, tokenizer: WordPiece) -
     for sentences in (pairs.first, pairs.second):
         rows = [np.asarray(program(weights, *batch)) for batch in batches(sentences, tokenizer)]
         sides.append(np.concatenate(rows)[: len(sentences)])
-    return float(np.corrcoef(_ranks((sides[0] * sides[1]).sum(-1)), _ranks(pairs.scores))[0, 1])
+    return spearman((sides[0] * sides[1]).sum(-1), pairs.scores)
+
+
+def spearman(values: np.ndarray, others: np.ndarray) -> float:
+    """Return the correlation of ranks."""
+    return float(np.corrcoef(_ranks(values), _ranks(others))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -162,6 +182,39 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + last - 1) / 2)[inverse]
+
+
+def in_integers(params: dict[str, Any], tokenizer: WordPiece, pairs: Pairs) -> dict[str, float]:
+    """Return how near the integer encoder's embeddings are to the float ones, and Spearman's correlation of each."""
+    samples = [b for b, _ in zip(batches(pairs.first, tokenizer), range(CALIBRATION), strict=False)]
+    plan = jaxq.calibrate(features, jaxq.w8a8(static=True, symmetric=False))(params, samples)
+    encoder = jaxq.integer(features, plan)(params, *samples[0])
+    qparams = jaxq.convert(features, plan)(params, *samples[0])
+    imitated, in_float = jax.jit(jaxq.quantize(features, plan)), jax.jit(features)
+    programs: dict[str, Callable[..., Any]] = {
+        "float": lambda *batch: in_float(params, *batch),
+        "int8": lambda *batch: imitated(qparams, *batch),
+        "integer": encoder,
+    }
+
+    def embedded(run: Callable[..., Any], sentences: Sequence[str]) -> np.ndarray:
+        shown = tqdm(list(batches(sentences, tokenizer)), leave=False)
+        return np.concatenate([np.asarray(pooled(run(*batch), batch[1])) for batch in shown])[: len(sentences)]
+
+    sides = {name: [embedded(run, part) for part in (pairs.first, pairs.second)] for name, run in programs.items()}
+    cosines = {
+        f"{name}_cosine": float(np.mean([(a * b).sum(-1) for a, b in zip(sides[name], sides["float"], strict=True)]))
+        for name in ("int8", "integer")
+    }
+    scores = {name: spearman((first * second).sum(-1), pairs.scores) for name, (first, second) in sides.items()}
+    times = {name: [] for name in programs}
+    for _ in range(REPEATS):  # taken in turns
+        for name, run in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*samples[0]))
+            times[name].append(time.perf_counter() - start)
+    seconds = {f"{name}_seconds": float(np.median(taken)) for name, taken in times.items()}
+    return {**cosines, **scores, **seconds}
 
 
 def find(folder: Path, name: str) -> Path:
@@ -179,10 +232,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="and a screenshot of it, which needs chromium")
     parser.add_argument("--static", action="store_true", help="calibrated activation ranges")
+    parser.add_argument("--integer", action="store_true", help="the encoder in integers alone, from the tokens on")
     parser.add_argument("--skip-scores", action="store_true", help="only the report")
     args = parser.parse_args(argv)
     params = load_weights(find(args.model, "model.safetensors"))
     tokenizer, pairs = WordPiece(find(args.model, "vocab.txt")), load_pairs(find(args.stsb, "sts-dev.csv"))
+    if args.integer:
+        result = in_integers(params, tokenizer, pairs)
+        print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
+        return result
     samples = [b for b, _ in zip(batches(pairs.first, tokenizer), range(REPORT_BATCHES), strict=False)]
     plan = jaxq.make_plan(encode, jaxq.w8a8(static=args.static))(params, *samples[0])
     if args.static:

@@ -226,6 +226,88 @@ def table(v, grid, f, wanted):
     return held(made[v.codes + grid.zero + 128], same(wanted.scale, v.codes.ndim), *ends, narrow=True)
 
 
+def dot(x, y, left_grid, right_grid, contracted):
+    """Products of two values, each on its grid, zero points zero; contracted: an axis of each."""
+    a, b = narrowed(x, left_grid), narrowed(y, right_grid)
+    codes = oracle.dot_general(a.codes, b.codes, tuple((axis,) for axis in contracted), ((), ()))
+    end = a.codes.shape[contracted[0]] * int(a.low.min()) * int(b.low.min())
+    top = a.codes.shape[contracted[0]] * int(a.low.min()) * int(b.high.max())
+    end = max(end, a.codes.shape[contracted[0]] * int(a.high.max()) * int(b.high.max()))
+    return held(codes, same(float(a.scale.max() * b.scale.max()), 2), same(top, 2), same(end, 2))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def int32(x):
+    assert -(2**31) <= x < 2**31, "int32 would have wrapped"
+    return x
+
+
+def within(v, reach):
+    v = uniform(v)
+    if v.reach.max() <= reach:
+        return v._replace(narrow=False)
+    return rescaled(v, same(power_above(v.real_reach / (reach - 1)), v.codes.ndim))
+
+
+def power_of_two(x, bits):
+    """2^(x / 2^15) in steps of 2^-bits, for x of at most zero: a polynomial of the fraction, shifted."""
+    coefficients = [round(c * 2**15) for c in (0.99990029, 0.69632477, 0.22469316, 0.07896726)]
+    whole, part = divmod(int(x), 2**15)
+    value = coefficients[3]
+    for c in coefficients[2::-1]:
+        value = int32((value * part + 2**14) // 2**15) + c
+    return int32(value * 2 ** max(bits - 15, 0)) // 2 ** min(max(15 - bits, 0) - whole, 60)
+
+
+def softmax(v, slope):
+    """Softmax along the last axis: integers of Python."""
+    v = within(times(v, np.array(slope)), 2**30 - 1)
+    below = v.codes - v.codes.max(-1, keepdims=True)
+    reach = same(2 * int(v.reach.max()), below.ndim)
+    steps = rescaled(held(below, v.scale * math.log2(math.e), -reach, 0 * reach), same(2.0**-15, below.ndim)).codes
+    codes = np.zeros_like(below)
+    for at in np.ndindex(below.shape[:-1]):
+        powers = [power_of_two(x, 29 - math.ceil(math.log2(below.shape[-1]))) for x in steps[at]]
+        total = sum(powers)
+        up = 31 - int(total).bit_length()
+        inverse = (2**31 - 1) // (int32(total << up) >> 15)
+        codes[at] = [int32((((p << up) + 2**15) >> 16) * inverse) for p in powers]
+    return held(codes, same(2.0**-30, codes.ndim), same(0, codes.ndim), same(2**30 + 2**16, codes.ndim))
+
+
+def rounded_down_by(x, n):
+    """x / 2^n, halves up."""
+    return (x >> n) + (x >> (n - 1) & 1 if n else 0)
+
+
+def norm(v, epsilon, centered=True):
+    """Rows along the last axis over their root mean square, or standard deviation: integers of Python."""
+    v = within(refined(uniform(v)), 2**30 - 1)
+    count, unit = v.codes.shape[-1], float(v.scale.max())
+    down = max(0, math.ceil(math.log2(count)) - 2)
+    most = (5 + down) // 2
+    added = epsilon / unit**2
+    least = max(0, math.ceil(math.log2(added) / 2)) if added else 0
+    codes = np.zeros_like(v.codes)
+    for at in np.ndindex(v.codes.shape[:-1]):
+        row = [int(c) for c in v.codes[at]]
+        if centered:
+            middle = (sum(row) + count // 2) // count
+            row = [int32(c - middle) for c in row]
+        length = max(max(map(abs, row)).bit_length(), least)
+        short = [rounded_down_by(c, length - 14) if length > 14 else c << (14 - length) for c in row]
+        squares = sum((c * c + (1 << down >> 1)) >> down for c in short)
+        squares = int32(squares + min(round(added * 4.0 ** (14 - length) * count / 2**down), 2**30 - 1))
+        up = (32 - max(squares, 1).bit_length()) // 2 * 2
+        inverse = (2**31 - 1) // max(math.isqrt(squares << up), 1)
+        codes[at] = [rounded_down_by(int32(c * inverse), max(most - up // 2, 0)) for c in short]
+    scale = 2.0 ** (most - 31) * math.sqrt(count / 2**down)
+    end = min(2**30, math.ceil(math.sqrt(count) * (1 + 2**-12) / scale))
+    return held(codes, same(scale, codes.ndim), same(-end, codes.ndim), same(end, codes.ndim))
+
+
 def left(v):
     """Dequantize, float32."""
     return v.codes.astype(np.float32) * v.scale.astype(np.float32)

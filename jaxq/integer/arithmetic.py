@@ -6,7 +6,7 @@ a BatchNorm after a convolution *is* folded: two additions in int32 for each ele
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.scales import (
+    FAR,
     FRACTION,
     beside,
     check_whole,
@@ -196,13 +197,36 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
         return _constants(eqn, which, cases)
-    coded = together([refined(c) for c in data], beside(data, [c for c in cases if isinstance(c, Constant)]))
+    near, far = _nearer(cases, max(float(np.max(c.reach * c.scale)) for c in data))
+    coded = together([refined(c) for c in data], beside(data, [c for c in near if isinstance(c, Constant)]))
     like, rest = coded[0], iter(coded)
-    full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in cases]
+    full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in near]
     shape = which.array.shape or like.codes.shape
     parts = [jnp.broadcast_to(c.codes, shape) for c in full]
     low, high = (ones(end, like.codes.ndim, np.int64) for end in span(full))
-    return wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
+    chosen = wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
+    return dataclasses.replace(chosen, far=far)
+
+
+def _nearer(cases: Sequence, reach: float) -> tuple[list, float]:
+    """Return cases without constants so far from the values that they are none: those are brought near.
+
+    Such numbers, infinity among them, hide a position from a softmax or a maximum: all that counts is that they are
+    beyond the values. What is beyond the second result stands for them.
+    """
+    limit, end = 1.25 * reach, 1.5 * reach
+    is_far = [isinstance(c, Constant) and not np.all(np.abs(c.reals) <= FAR * reach) for c in cases]
+    if not any(is_far):
+        return list(cases), math.inf
+    return [Constant(_to_end(c.reals, limit, end)) if far else c for c, far in zip(cases, is_far, strict=True)], limit
+
+
+def _to_end(reals: np.ndarray, limit: float, end: float) -> np.ndarray:
+    if np.isnan(reals).any():
+        raise Refusal("has a constant that is NaN, for which there is no code")
+    if np.any((np.abs(reals) > limit / 1.25) & (np.abs(reals) <= FAR * limit)):
+        raise Refusal("selects constants of which some hide a position and some are just large: use one that hides")
+    return np.where(np.abs(reals) > limit, np.sign(reals) * end, reals)
 
 
 def _constants(eqn: Eqn, which: Plain, cases) -> Coded:

@@ -5,6 +5,7 @@ in the program becomes integers or a line in `problems`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, moves, reductions, tables
+from jaxq.integer import arithmetic, moves, reductions, rows, tables
 from jaxq.integer.entry import leave
 from jaxq.integer.products import Job
-from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Value
+from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Rowed, Value
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
 from jaxq.programs.sites import Path
@@ -24,6 +25,10 @@ from jaxq.programs.sites import Path
 RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
 # Of two values that are functions of one, these are integers all the same; other operations become part of a table.
 DIRECT = frozenset({lax.add_p, lax.sub_p, lax.mul_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
+
+# What may take numbers that stand for larger ones: what moves them, or asks for their order.
+FAR = moves.MOVES | {lax.reduce_max_p, lax.reduce_min_p, lax.argmax_p, lax.argmin_p, lax.convert_element_type_p}
+HIDDEN = "a number that is far from all others, as those that hide a position: only a softmax or a maximum takes it"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,9 +58,8 @@ class Integers:
         try:
             return self.outputs(eqn, operands, path)
         except Refusal as refusal:
-            name = f"site '{self.jobs[path].item.site.name}'" if path in self.jobs else eqn.primitive.name
-            line = jaxpr.source_line(eqn)
-            self.problems.append(f"{name}{f' at {line}' if line else ''} {refusal}")
+            where = refusal.where or _named(eqn, self.jobs.get(path))
+            self.problems.append(f"{where} {refusal}")
             return [Refused()] * len(eqn.outvars)
 
     def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
@@ -78,11 +82,37 @@ class Integers:
                 "do this before the call, or give the program integers, such as pixels in uint8"
             )
         if eqn.primitive is lax.split_p:
-            return moves.split(eqn, operands[0])
+            return moves.split(eqn, _there(operands[0]))
         return [_filled(eqn, self.ordinary(eqn, operands))]
 
     def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
-        """Apply the rule of an ordinary equation."""
+        """Apply the rule of an ordinary equation, or of what it is the last one of."""
+        found = rows.composed(eqn, operands)
+        if found is None:
+            return self.alone(eqn, operands)
+        whole = rows.recognized(found, eqn, operands)
+        if whole is not None:
+            return whole
+        try:
+            value = self.alone(eqn, operands)
+        except Refusal as why:  # what nobody asks for may have no integers
+            why.where = why.where or _named(eqn)
+            return Rowed(found, why)
+        return dataclasses.replace(value, rows=found) if isinstance(value, Coded | Mapped) else value
+
+    def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
+        """Apply the rule of an equation by itself."""
+        operands = [_there(x) for x in operands]
+        far = min((x.far for x in operands if isinstance(x, Coded)), default=math.inf)
+        if far == math.inf:
+            return self.ruled(eqn, operands)
+        if eqn.primitive not in FAR:
+            raise Refusal(f"takes {HIDDEN}")
+        value = self.ruled(eqn, operands)
+        return dataclasses.replace(value, far=far) if isinstance(value, Coded) else value
+
+    def ruled(self, eqn: Eqn, operands: list[Value]) -> Value:
+        """Apply a move, a table or a rule."""
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
         line, rule = tables.composed(eqn, operands), _rule(eqn)
@@ -94,6 +124,19 @@ class Integers:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
+
+
+def _there(x: Value) -> Value:
+    """Return a value; raise why there are no integers of it."""
+    if isinstance(x, Rowed):
+        raise x.why
+    return x
+
+
+def _named(eqn: Eqn, job: Job | None = None) -> str:
+    """Return a site's or a primitive's name, and its line."""
+    name, line = f"site '{job.item.site.name}'" if job else eqn.primitive.name, jaxpr.source_line(eqn)
+    return f"{name} at {line}" if line else name
 
 
 def _rule(eqn: Eqn) -> Callable[..., Value] | None:
@@ -165,6 +208,9 @@ def finished(value: Value, aval: Any) -> jax.Array:
     """Return an output of the program in the type that it has: codes are dequantized."""
     if isinstance(value, Constant):
         return as_array(value, aval)
+    value = _there(value)
+    if isinstance(value, Coded) and value.far < math.inf:
+        raise Refusal(f"is {HIDDEN}")
     if isinstance(value, Coded | Mapped):
         return leave(tables.made(value) if isinstance(value, Mapped) else value, aval.dtype)
     assert isinstance(value, Plain | Entry)

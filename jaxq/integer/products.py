@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.decisions.decision import Decision
-from jaxq.integer import tables
+from jaxq.integer import embedding, tables
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import Affine, Coded, Constant, Mapped, Refusal, Value, ones, wide
+from jaxq.integer.values import Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.numbers import affine as numbers
@@ -23,7 +23,7 @@ from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.rounding import NearestAway, NearestEven, Saturate, Stochastic
-from jaxq.programs.ops import Conv, Dot
+from jaxq.programs.ops import Conv, Dot, Embedding
 from jaxq.programs.sites import Located
 
 
@@ -40,6 +40,8 @@ class Job:
         """Return the site's sums, wide, or rounded to its output's grid where the plan has one."""
         if self.obstacle:
             raise Refusal(self.obstacle)
+        if isinstance(self.item.op, Embedding):
+            return embedding.lookup(self.item.op, self._codes(operands[0]), [_plain(x) for x in operands[1:]])
         op, (left, right) = self.item.op, (self.coded(n, x) for n, x in enumerate(operands[:2]))
         assert isinstance(op, Dot | Conv)
         acc = _sums(op, left, right, self.item.weight)
@@ -51,7 +53,7 @@ class Job:
         site, decision = self.item.site, self.decision
         if decision.scheme is None:
             return f"stays float in the plan ({decision.reason}): give it a scheme such as jaxq.w8a8(static=True)"
-        if not isinstance(self.item.op, Dot | Conv) or site.stack:
+        if not isinstance(self.item.op, Dot | Conv | Embedding) or site.stack:
             return f"has no integer form yet: {site.op}{' inside a scan' if site.stack else ''}"
         faults = (self._fault(n, quantizer) for n, quantizer in enumerate(decision.quantizers))
         fault = next(filter(None, faults), "")
@@ -77,6 +79,8 @@ class Job:
             return self._weight(x)
         if isinstance(x, Mapped):
             return tables.looked_up(x.line, self.grid(number))
+        if isinstance(x, Rowed):
+            raise x.why
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
         return narrowed(x, self.grid(number))
@@ -112,14 +116,26 @@ class Job:
         task = Task(self.item.op, self.decision.quantizers, self.item.weight)
         return weight_codes(task, whole, self.ranges[self.item.weight])
 
+    def _codes(self, x: Value) -> QArray:
+        with jax.ensure_compile_time_eval():
+            return (self.weight or self._closed_over(x)).plain()
+
     def _weight(self, x: Value) -> Coded:
         """Return a weight as it was converted, or as it would be: of a closed-over array."""
-        with jax.ensure_compile_time_eval():
-            q = (self.weight or self._closed_over(x)).plain()
+        q = self._codes(x)
         if any(q.scale.shape[axis] != 1 for axis in self.item.op.contracted[self.item.weight]):
             raise Refusal("has a weight with scales along the axis that is summed over: drop group=")
         codes = np.asarray(q.codes).astype(np.int64)
         return Coded(q.codes, np.asarray(q.scale, np.float64), codes, codes)
+
+
+def _plain(x: Value) -> jax.Array:
+    """Return an index."""
+    if isinstance(x, Constant):
+        return jnp.asarray(x.held)
+    if not isinstance(x, Plain):
+        raise Refusal("looks up by what is no integer of the program")
+    return x.array
 
 
 def _is_fixed_grid(quantizer: Quantizer) -> bool:

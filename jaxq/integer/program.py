@@ -163,5 +163,5 @@ def _left(value: Value, aval: Any, problems: list[str]) -> Any:
     try:
         return finished(value, aval)
     except Refusal as refusal:
-        problems.append(f"an output {refusal}")
+        problems.append(f"{refusal.where or 'an output'} {refusal}")
         return None

@@ -7,6 +7,7 @@ proved of the codes, `low <= codes - zero_point <= high`, from which every later
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,12 @@ ROOM = 2.0**30
 
 
 class Refusal(ValueError):
-    """There is no integer form of an operation on these values; the message says why, and what would make one."""
+    """There is no integer form of an operation on these values; the message says why, and what would make one.
+
+    where: the operation, if it is not the one that is being looked at.
+    """
+
+    where: str = ""
 
 
 class Affine(NamedTuple):
@@ -48,10 +54,22 @@ class Line(NamedTuple):
     name: str = "function"
 
 
+class Rows(NamedTuple):
+    """Where a value comes from, if it is a function of one other value, row by row: `value = of(root)`.
+
+    axes: those of the root along which its rows go; of: as in `Line`, on arrays of the root's shape.
+    """
+
+    root: "Coded"
+    axes: frozenset[int]
+    of: Callable[[jax.Array], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Coded:
     """Codes of real numbers. codes: int8, or int32 with zero point 0; scale, low, high: [...] of the codes' rank, with
-    ones where all are alike; line: what it is a function of, by default of nothing but itself."""
+    ones where all are alike; line, rows: what it is a function of, by default of nothing but itself;
+    far: real numbers of this size and above stand for larger ones, as those that hide a position from a softmax."""
 
     codes: jax.Array
     scale: np.ndarray
@@ -59,6 +77,8 @@ class Coded:
     high: np.ndarray
     zero_point: int = 0
     line: Line | None = None
+    rows: Rows | None = None
+    far: float = math.inf
 
     @property
     def is_narrow(self) -> bool:
@@ -80,6 +100,15 @@ class Mapped:
     """A function of a value, element by element, that becomes a table once it is known on which grid it is wanted."""
 
     line: Line
+    rows: Rows | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rowed:
+    """A function of a value's rows without integers so far: part of a softmax or a norm, or `why` is raised."""
+
+    rows: Rows
+    why: Refusal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +155,7 @@ class Refused(NamedTuple):
     """The result of an operation that has no integer form; whatever follows from it is not looked at."""
 
 
-Value = Coded | Mapped | Entry | Plain | Constant | Refused
+Value = Coded | Mapped | Rowed | Entry | Plain | Constant | Refused
 
 
 def ones(x: Any, ndim: int, dtype: Any = np.float64) -> np.ndarray:

@@ -24,7 +24,7 @@ def lookup(op: Embedding, table: jax.Array | QArray, indices: Sequence[jax.Array
     rows = as_type((_centroids if table.scale is None else _scaled)(op, table, codes, indices), op.out_dtype)
     if op.mode != lax.GatherScatterMode.FILL_OR_DROP:
         return rows
-    there = _each(op, table, jnp.ones((1,) * table.ndim, jnp.bool_), indices, rows.shape)
+    there = each(op, table, jnp.ones((1,) * table.ndim, jnp.bool_), indices, rows.shape)
     filling = np.nan if op.fill_value is None else op.fill_value
     return jnp.where(there, rows, jnp.asarray(filling, op.out_dtype))
 
@@ -43,9 +43,9 @@ def _scaled(op: Embedding, table: QArray, codes: jax.Array, indices: Sequence[ja
     if table.zero_point is None:
         values = dataclasses.replace(table, stored=codes, packing=None).values()
     else:
-        zero = _each(op, table, table.zero_point, indices, codes.shape)
+        zero = each(op, table, table.zero_point, indices, codes.shape)
         values = (codes.astype(jnp.int32) - zero.astype(jnp.int32)).astype(jnp.float32)
-    return values * _each(op, table, table.real_scale(), indices, codes.shape)
+    return values * each(op, table, table.real_scale(), indices, codes.shape)
 
 
 def _centroids(op: Embedding, table: QArray, codes: jax.Array, indices: Sequence[jax.Array]) -> jax.Array:
@@ -54,11 +54,11 @@ def _centroids(op: Embedding, table: QArray, codes: jax.Array, indices: Sequence
     size, place = table.table.shape[-1], codes.astype(jnp.int32)
     if table.table.size > size:
         first = size * jnp.arange(table.table.size // size, dtype=jnp.int32).reshape(table.grid)
-        place = place + _each(op, table, first, indices, codes.shape)
+        place = place + each(op, table, first, indices, codes.shape)
     return jnp.take(table.table.reshape(-1), place, mode="clip")
 
 
-def _each(op: Embedding, table: QArray, per_block: jax.Array, indices: Sequence[jax.Array], shape: tuple) -> jax.Array:
+def each(op: Embedding, table: QArray, per_block: jax.Array, indices: Sequence[jax.Array], shape: tuple) -> jax.Array:
     """Return what the blocks have, for the rows that are looked up: an array that broadcasts against `shape`."""
     indexed = (*op.numbers.start_index_map, *op.numbers.operand_batching_dims)
     pairs = zip(table.shape, per_block.shape, strict=True)

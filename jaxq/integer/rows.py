@@ -1,0 +1,214 @@
+"""Softmax and norms, however they are written: found by dataflow, recognized by running the user's own equations.
+
+What is computed from a value by reductions over the same axes, and element by element from there, is a function of its
+rows. It is run on rows of known numbers: what is a softmax, or a norm with some gain and bias, on all of them, is that,
+and has integers of its own (`softmax`, `norms`). A LayerNorm in one pass, in two, or by a standard deviation are one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer import arithmetic
+from jaxq.integer.moves import MOVES
+from jaxq.integer.norms import normalized
+from jaxq.integer.softmax import softmax
+from jaxq.integer.tables import ELEMENTWISE, once
+from jaxq.integer.values import Coded, Constant, Mapped, Rowed, Rows, Value, line_of
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Eqn
+
+REDUCTIONS = frozenset({lax.reduce_sum_p, lax.reduce_max_p, lax.reduce_min_p})
+# How close a function comes to a softmax, and to a norm over the size of its gain.
+CLOSE, NEAR = 1e-4, 1e-3
+DRAWS = 3
+
+
+def composed(eqn: Eqn, operands: Sequence[Value]) -> Rows | None:
+    """Return an equation's result as a function of the rows of one value; None if it is not one."""
+    data = [x for x in operands if isinstance(x, Coded | Mapped | Rowed)]
+    constants = [x for x in operands if isinstance(x, Constant)]
+    if len(data) + len(constants) < len(operands) or any(c.array is None for c in constants):
+        return None
+    reduces = eqn.primitive in REDUCTIONS
+    if not (reduces or (any(x.rows for x in data) and eqn.primitive in ELEMENTWISE | MOVES)):
+        return None
+    parts = [x.rows or _alone(x) for x in data]
+    found = next((rows for rows in parts if rows.axes), parts[0])
+    parts = [_alone(found.root) if x is found.root else rows for x, rows in zip(data, parts, strict=True)]
+    if any(rows.root is not found.root for rows in parts):
+        return None
+    axes = frozenset().union(*(rows.axes for rows in parts))
+    if reduces and eqn.invars[0].aval.shape == found.root.codes.shape:
+        axes |= set(eqn.params["axes"])
+
+    def of(x: jax.Array) -> jax.Array:
+        rest = iter(parts)
+        args = [_array(o, v.aval) if isinstance(o, Constant) else next(rest).of(x) for o, v in _pairs(eqn, operands)]
+        return jaxpr.rebind(eqn, *(a.astype(v.aval.dtype) for a, v in zip(args, eqn.invars, strict=True)))[0]
+
+    return Rows(found.root, axes, once(of))
+
+
+def _pairs(eqn: Eqn, operands: Sequence[Value]) -> zip:
+    return zip(operands, eqn.invars, strict=True)
+
+
+def _alone(x: Value) -> Rows:
+    """Return a value as a function, element by element, of what it comes from."""
+    line = line_of(x)
+    assert line is not None
+    return Rows(line.root, frozenset(), line.of)
+
+
+def _array(c: Constant, aval: jax.core.ShapedArray) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(c.held), aval.shape)
+
+
+def recognized(rows: Rows, eqn: Eqn, operands: Sequence[Value]) -> Coded | None:
+    """Return a softmax's or a norm's integers, where an equation completes one that has no others."""
+    shape = rows.root.codes.shape
+    if eqn.outvars[0].aval.shape != shape or not any(isinstance(x, Mapped | Rowed) for x in operands):
+        return None
+    if not all(isinstance(n, int) and n for n in shape) or not jaxpr.is_float(eqn.outvars[0].aval):
+        return None
+    probe = _Probe(rows)
+    slope = probe.softmax()
+    if slope is not None:
+        return softmax(rows.root, slope, sorted(rows.axes))
+    norm = probe.norm() if rows.root.far == math.inf else None
+    if norm is None:
+        return None
+    whole = normalized(rows.root, sorted(rows.axes), centered=norm.centered, epsilon=norm.epsilon)
+    gained = arithmetic.scaled(whole, norm.gain)
+    return arithmetic.add(eqn, gained, Constant(norm.bias)) if np.any(norm.bias) else gained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Norm:
+    """`gain d / sqrt(mean(d^2) + epsilon) + bias`. gain, bias: of the rows' rank, with ones where all are alike."""
+
+    gain: np.ndarray
+    bias: np.ndarray
+    epsilon: float
+    centered: bool
+
+
+class _Probe:
+    """Runs a function on rows of normal numbers around an offset, from one step of its argument to all it may be."""
+
+    def __init__(self, rows: Rows):
+        self.rows, self.axes = rows, tuple(sorted(rows.axes))
+        self.step, self.far = float(rows.root.scale.min()), max(map(abs, rows.root.ends))
+        self.each = tuple(1 if axis in rows.axes else n for axis, n in enumerate(rows.root.codes.shape))
+        self.count = math.prod(self.each)
+        self.rng = np.random.default_rng(0)
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.rows.of(jnp.asarray(x, jnp.float32))).astype(np.float64)
+
+    def draw(self, low: float, high: float) -> np.ndarray:
+        """Return rows whose sizes are evenly spread between two, on a scale of logarithms."""
+        sizes = np.geomspace(low, high, self.count) if self.count > 1 else np.sqrt([low * high])
+        rows = self.rng.normal(size=self.rows.root.codes.shape) + 0.5 * self.rng.normal(size=self.each)
+        return (rows * self.rng.permutation(sizes).reshape(self.each)).astype(np.float32).astype(np.float64)
+
+    def draws(self, count: int) -> Iterator[np.ndarray]:
+        """Yield at least so many rows, from one step of the argument to all it may be."""
+        ends = np.geomspace(self.step, self.far, math.ceil(count / self.count) + 1)
+        for low, high in zip(ends, ends[1:], strict=False):
+            yield self.draw(low, high)
+
+    # --- softmax
+
+    def softmax(self) -> float | None:
+        """Return the slope of a softmax; None where it is not one."""
+        slope = None
+        for size in np.geomspace(0.01, 10, 4):  # of the slope's inverse, which is not known at first
+            x = self.draw(size, size) / abs(slope or 1.0)
+            y = self.of(x)
+            if not np.isfinite(y).all() or y.min() < 0 or np.abs(y.sum(self.axes) - 1).max() > CLOSE:
+                return None
+            slope = slope or self._slope(x, y)
+            if slope is None or not np.isfinite(slope) or np.abs(y - self._softmax(slope * x)).max() > CLOSE:
+                return None
+        return slope
+
+    def _slope(self, x: np.ndarray, y: np.ndarray) -> float | None:
+        """Return how fast the logarithm grows, by least squares, where a row says so."""
+        dx = x - x.mean(self.axes, keepdims=True)
+        z = np.log(np.maximum(y, 1e-30))
+        dz = np.where(y > 1e-20, z - z.mean(self.axes, keepdims=True), 0)
+        slope = float((dx * dz).sum() / max((dx * dx).sum(), 1e-300))
+        return slope or None
+
+    def _softmax(self, x: np.ndarray) -> np.ndarray:
+        powers = np.exp(x - x.max(self.axes, keepdims=True))
+        return powers / powers.sum(self.axes, keepdims=True)
+
+    # --- norms
+
+    def norm(self) -> Norm | None:
+        """Return a norm's parts; None where it is not one."""
+        high = 1e3 * self.far  # beside which no epsilon counts
+        draws = [self.draw(high, high) for _ in range(DRAWS)]
+        pairs = [(self.of(x), self.of(-x)) for x in draws]
+        if not all(np.isfinite(y).all() for pair in pairs for y in pair):
+            return None
+        odd = [(a - b) / 2 for a, b in pairs]
+        bias = np.mean([(a + b) / 2 for a, b in pairs], axis=0)
+        for centered in (True, False):
+            units = [self._unit(x, centered) for x in draws]
+            weight = sum(u * u for u in units)
+            if not weight.all():
+                continue
+            gain = sum(u * y for u, y in zip(units, odd, strict=True)) / weight
+            gain, bias = (_alike(c, np.abs(gain).max()) for c in (gain, bias))
+            if all(self._near(a, gain * u + bias, gain) for u, (a, _) in zip(units, pairs, strict=True)):
+                return self._with_epsilon(gain, bias, centered)
+        return None
+
+    def _with_epsilon(self, gain: np.ndarray, bias: np.ndarray, centered: bool) -> Norm | None:
+        """Return the norm with what its smallest rows show of an epsilon, if it is the function on all rows."""
+        seen = []
+        for x in self.draws(40):
+            unit, y = gain * self._unit(x, centered), self.of(x) - bias
+            below = (unit * unit).sum(self.axes, keepdims=True)
+            share = (unit * y).sum(self.axes, keepdims=True) / np.where(below > 0, below, 1)
+            shown = (share > 0.1) & (share < 0.99)
+            seen.extend((self._square(x, centered) * (1 / np.where(shown, share, 1) ** 2 - 1))[shown])
+        epsilon = float(np.median(seen)) if seen else 0.0
+        found = Norm(gain, bias, epsilon, centered)
+        for x in self.draws(40):
+            square = self._square(x, centered)
+            share = np.sqrt(square / np.where(square > 0, square + epsilon, 1))
+            if not self._near(self.of(x), gain * self._unit(x, centered) * share + bias, gain):
+                return None
+        return found
+
+    def _centred(self, x: np.ndarray, centered: bool) -> np.ndarray:
+        return x - x.mean(self.axes, keepdims=True) if centered else x
+
+    def _square(self, x: np.ndarray, centered: bool) -> np.ndarray:
+        return (self._centred(x, centered) ** 2).mean(self.axes, keepdims=True)
+
+    def _unit(self, x: np.ndarray, centered: bool) -> np.ndarray:
+        square = self._square(x, centered)
+        return self._centred(x, centered) / np.sqrt(np.where(square > 0, square, 1))
+
+    def _near(self, y: np.ndarray, other: np.ndarray, gain: np.ndarray) -> bool:
+        return bool(np.isfinite(y).all() and np.abs(y - other).max() <= NEAR * np.abs(gain).max())
+
+
+def _alike(c: np.ndarray, size: float) -> np.ndarray:
+    """Return numbers with ones for the axes along which they are alike, and zero and one, as far as float32 tells."""
+    for axis in range(c.ndim):
+        if np.ptp(c, axis).max() <= 1e-5 * size:
+            c = c.mean(axis, keepdims=True)
+    return np.where(np.abs(c) <= 1e-6 * size, 0.0, np.where(np.abs(c - 1) <= 1e-6, 1.0, c))

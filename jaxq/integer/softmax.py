@@ -1,0 +1,63 @@
+"""Softmax in integers: powers of two by a polynomial and a shift, their sum, one division for each row.
+
+`exp(x - max) = 2^w 2^g` with whole `w <= 0` and `0 <= g < 1`, as in I-BERT (Kim et al. 2021, algorithm 2), with a
+polynomial of third degree where theirs is of second, and powers of two where theirs are of e.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.arithmetic import scaled
+from jaxq.integer.scales import rescaled, uniform, within
+from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
+
+# Bits of fractions, of exponents and of the polynomial's values.
+FRACTION = 15
+# 2^g on [0, 1) within 1e-4: interpolated where a Chebyshev polynomial is zero, lowest degree first.
+POWERS = tuple(round(c * 2**FRACTION) for c in (0.99990029, 0.69632477, 0.22469316, 0.07896726))
+
+
+def exp2(x: jax.Array, bits: int) -> jax.Array:
+    """Return `2^(x / 2^15) 2^bits`, rounded down, within 2e-4 of it and one. x: int32, at most 0; bits: up to 29.
+
+    >>> exp2(jnp.int32([0, -(2**14), -(2**15), -(2**31)]), 10).tolist()
+    [1023, 724, 511, 0]
+    """
+    part, whole = x & (2**FRACTION - 1), x >> FRACTION
+    value = jnp.int32(POWERS[-1])
+    for c in POWERS[-2::-1]:
+        value = ((value * part + (1 << (FRACTION - 1))) >> FRACTION) + c
+    up = bits - FRACTION
+    return (value << max(up, 0)) >> lax.clamp(np.int32(0), max(-up, 0) - whole, np.int32(31))
+
+
+def softmax(v: Coded, slope: float, axes: Sequence[int]) -> Coded:
+    """Return `softmax(slope v)` over axes, in steps of 2^-30, within 5e-4; refuse rows of more than 2^20 numbers."""
+    count = math.prod(v.codes.shape[axis] for axis in axes)
+    if count > 2**20:
+        raise Refusal(f"is a softmax of {count} numbers: up to {2**20} have an integer form")
+    far = v.far * abs(slope)
+    v = within(uniform(scaled(v, np.array(slope))), 2**30 - 1)
+    below = v.codes - jnp.max(v.codes, tuple(axes), keepdims=True)
+    reach = ones(2 * int(v.reach.max()), below.ndim, np.int64)
+    exponents = rescaled(wide(below, v.scale * math.log2(math.e), -reach, 0 * reach), ones(2.0**-FRACTION, below.ndim))
+    powers = exp2(exponents.codes, 29 - math.ceil(math.log2(count)) if count > 1 else 29)
+    if far < math.inf:
+        powers = _hidden(powers, v.codes, int(far / v.scale.max()), axes)
+    total = jnp.sum(powers, tuple(axes), keepdims=True, dtype=jnp.int32)
+    # The sum's first bit becomes the last but one of a word, where all that it is a sum of has room too.
+    up = lax.clz(total) - 1
+    inverse = lax.div(jnp.int32(INT32[1]), (total << up) >> 15)
+    codes = (((powers << up) + 2**15) >> 16) * inverse
+    return wide(codes, ones(2.0**-30, codes.ndim), ones(0, codes.ndim), ones(2**30 + 2**16, codes.ndim))
+
+
+def _hidden(powers: jax.Array, codes: jax.Array, far: int, axes: Sequence[int]) -> jax.Array:
+    """Return zero for what is far below; where all of a row is, nothing is hidden."""
+    below = codes <= -far
+    return jnp.where(below & ~jnp.all(below, tuple(axes), keepdims=True), 0, powers)
