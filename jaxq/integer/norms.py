@@ -61,7 +61,7 @@ def normalized(v: Coded, axes: Sequence[int], *, centered: bool, epsilon: float)
         raise Refusal(f"is a norm over {count} numbers: up to {LONGEST} have an integer form")
     v = within(refined(uniform(v)), 2**30 - 1)
     codes = v.codes - mean(v.codes, axes) if centered else v.codes
-    largest = jnp.maximum(*(jnp.max(x, tuple(axes), keepdims=True) for x in (codes, -codes)))
+    largest = jnp.max(lax.abs(codes), tuple(axes), keepdims=True)
     added = epsilon / float(v.scale.max()) ** 2
     least = max(0, math.ceil(math.log2(added) / 2)) if added else 0
     if least > 31:

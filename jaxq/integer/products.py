@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxq.decisions.decision import Decision
 from jaxq.integer import embedding, tables
@@ -83,7 +84,11 @@ class Job:
             raise x.why
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
-        return narrowed(x, self.grid(number))
+        codes = narrowed(x, self.grid(number))
+        if isinstance(self.item.op, Dot) and self.item.op.batch[number] and not x.is_narrow:
+            # Rounded where they are, and moved as codes: a copy in another order that also rounds has no vectors.
+            codes = dataclasses.replace(codes, codes=lax.optimization_barrier(codes.codes))
+        return codes
 
     def quantizer(self, number: int) -> Quantizer:
         """Return the quantizer of an operand, or of the output: number 2."""
