@@ -323,7 +323,7 @@ class Encoder(nn.Module):
         return nn.LayerNorm()(x)
 
 
-def test_an_encoder_of_linen_runs_in_integers_from_tokens_on():
+def test_an_encoder_of_linen_runs_in_integers_from_tokens_on_in_batches_of_any_size():
     model, tokens = Encoder(), jnp.asarray(RNG.integers(0, 40, (4, 10)))
     mask = jnp.arange(10)[None] < jnp.array([10, 4, 7, 9])[:, None]
     params = model.init(jax.random.key(0), tokens, mask)
@@ -336,3 +336,8 @@ def test_an_encoder_of_linen_runs_in_integers_from_tokens_on():
     other = tokens.at[1, 4:].set(3)  # what is hidden does not count
     np.testing.assert_array_equal(program(other, mask)[1, :4], program(tokens, mask)[1, :4])
     assert not list(floats(traced(program, tokens, mask)))
+
+    n = jax.export.symbolic_shape("n")[0]
+    shapes = [jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype) for a in (tokens, mask)]
+    exported = jax.export.export(jax.jit(program))(*shapes)
+    np.testing.assert_array_equal(exported.call(tokens[:3], mask[:3]), program(tokens[:3], mask[:3]))

@@ -33,10 +33,12 @@ HIDDEN = "a number that is far from all others, as those that hide a position: o
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Integers:
-    """Runs a program in integers. jobs: what the plan says of each site, by path; problems: what could not be done."""
+    """Runs a program in integers. jobs: what the plan says of each site, by path; problems: what could not be done;
+    forms: which equations complete a softmax or a norm, to be added to."""
 
     jobs: dict[Path, Job]
     problems: list[str]
+    forms: dict[Path, rows.Softmax | rows.Norm]
 
     def run(self, body: Body, args: Sequence[Value], path: Path = ()) -> list[Value]:
         """Return the values of a program's outputs."""
@@ -83,22 +85,31 @@ class Integers:
             )
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, _there(operands[0]))
-        return [_filled(eqn, self.ordinary(eqn, operands))]
+        return [_filled(eqn, self.ordinary(eqn, operands, path))]
 
-    def ordinary(self, eqn: Eqn, operands: list[Value]) -> Value:
+    def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
         """Apply the rule of an ordinary equation, or of what it is the last one of."""
         found = rows.composed(eqn, operands)
         if found is None:
             return self.alone(eqn, operands)
-        whole = rows.recognized(found, eqn, operands)
-        if whole is not None:
-            return whole
+        form = self.form(found, path) if rows.completes(found, eqn, operands) else None
+        if form is not None:
+            return form.carried_out(found)
         try:
             value = self.alone(eqn, operands)
         except Refusal as why:  # what nobody asks for may have no integers
             why.where = why.where or _named(eqn)
             return Rowed(found, why)
         return dataclasses.replace(value, rows=found) if isinstance(value, Coded | Mapped) else value
+
+    def form(self, found: rows.Rows, path: Path) -> rows.Softmax | rows.Norm | None:
+        """Return what a function of rows is; of a batch whose size is a symbol, what it was at the size built for."""
+        form = rows.recognized(found)
+        if form is not None:
+            self.forms[path] = form
+        elif rows.is_symbolic(found):
+            form = self.forms.get(path)
+        return form
 
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply the rule of an equation by itself."""

@@ -12,6 +12,7 @@ from jaxq.integer import audit
 from jaxq.integer.entry import enter, takers
 from jaxq.integer.interpret import Integers, finished, known
 from jaxq.integer.products import Job
+from jaxq.integer.rows import Norm, Softmax
 from jaxq.integer.values import Entry, Plain, Refusal, Refused, Value
 from jaxq.interpretation.arguments import Argnums, Layout, Static, float_of, place, take_apart
 from jaxq.interpretation.convert import convert
@@ -28,7 +29,7 @@ class IntegerProgram:
     """A function with its weights inside, in integers: call it with what follows the weights.
 
     It composes with `jit` and `jax.export`, and compiles by itself, for every kind of call. params: those of the
-    arguments that `argnums` names, converted.
+    arguments that `argnums` names, converted; forms: which equations were recognized as softmax or norms.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: jnp.tanh(x @ p["w"])), {"w": jnp.eye(4)}, jnp.ones((2, 4))
@@ -42,6 +43,7 @@ class IntegerProgram:
     plan: Plan
     params: tuple
     argnums: tuple[int, ...]
+    forms: dict[Path, Softmax | Norm] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"IntegerProgram({len(self.plan.sites)} sites)"
@@ -74,7 +76,7 @@ class IntegerProgram:
         leaves = [next(arrays if weight is None else parameters) for weight in layout.weights]
         program = load(self.fn, layout, leaves, self.plan, lines=False)
         check_observed(program, self.plan.unobserved())
-        outs = _interpreted(program, layout, leaves)
+        outs = _interpreted(program, layout, leaves, self.forms)
         out, changed = jax.tree.unflatten(program.out_structure, outs)
         if changed:
             raise ValueError("the call changes its module, which an integer program cannot: call module.eval() first")
@@ -129,12 +131,12 @@ def _jobs(program: Program, layout: Layout, leaves: list) -> dict[Path, Job]:
     return {item.path: Job(item, d, r, weights.get(d.site.name)) for item, d, r in quads if not item.site.obstacle}
 
 
-def _interpreted(program: Program, layout: Layout, leaves: list) -> list:
+def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) -> list:
     jobs = _jobs(program, layout, leaves)
     # What is codes is read by sites alone: nothing is decoded.
     arrays = [None if isinstance(leaf, QArray) else float_of(leaf) for leaf in leaves]
     problems: list[str] = []
-    values = Integers(jobs, problems).run(program.body, _arguments(program, layout, arrays, jobs))
+    values = Integers(jobs, problems, forms).run(program.body, _arguments(program, layout, arrays, jobs))
     outs = [_left(value, v.aval, problems) for value, v in zip(values, program.body.jaxpr.outvars, strict=True)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)

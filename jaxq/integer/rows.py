@@ -70,23 +70,14 @@ def _array(c: Constant, aval: jax.core.ShapedArray) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(c.held), aval.shape)
 
 
-def recognized(rows: Rows, eqn: Eqn, operands: Sequence[Value]) -> Coded | None:
-    """Return a softmax's or a norm's integers, where an equation completes one that has no others."""
-    shape = rows.root.codes.shape
-    if eqn.outvars[0].aval.shape != shape or not any(isinstance(x, Mapped | Rowed) for x in operands):
-        return None
-    if not all(isinstance(n, int) and n for n in shape) or not jaxpr.is_float(eqn.outvars[0].aval):
-        return None
-    probe = _Probe(rows)
-    slope = probe.softmax()
-    if slope is not None:
-        return softmax(rows.root, slope, sorted(rows.axes))
-    norm = probe.norm() if rows.root.far == math.inf else None
-    if norm is None:
-        return None
-    whole = normalized(rows.root, sorted(rows.axes), centered=norm.centered, epsilon=norm.epsilon)
-    gained = arithmetic.scaled(whole, norm.gain)
-    return arithmetic.add(eqn, gained, Constant(norm.bias)) if np.any(norm.bias) else gained
+@dataclasses.dataclass(frozen=True, eq=False)
+class Softmax:
+    """`softmax(slope x)`."""
+
+    slope: float
+
+    def carried_out(self, rows: Rows) -> Coded:
+        return softmax(rows.root, self.slope, sorted(rows.axes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +88,34 @@ class Norm:
     bias: np.ndarray
     epsilon: float
     centered: bool
+
+    def carried_out(self, rows: Rows) -> Coded:
+        whole = normalized(rows.root, sorted(rows.axes), centered=self.centered, epsilon=self.epsilon)
+        gained = arithmetic.scaled(whole, self.gain)
+        return arithmetic.add(None, gained, Constant(self.bias)) if np.any(self.bias) else gained
+
+
+def completes(rows: Rows, eqn: Eqn, operands: Sequence[Value]) -> bool:
+    """Tell whether an equation without integers of its own gives rows as long as those it is a function of."""
+    aval = eqn.outvars[0].aval
+    waits = any(isinstance(x, Mapped | Rowed) for x in operands)
+    return waits and aval.shape == rows.root.codes.shape and jaxpr.is_float(aval)
+
+
+def is_symbolic(rows: Rows) -> bool:
+    """Tell whether the shape is not known in numbers, so that no rows can be drawn."""
+    return not all(isinstance(n, int) for n in rows.root.codes.shape)
+
+
+def recognized(rows: Rows) -> Softmax | Norm | None:
+    """Return what a function of rows is; None for others, and where the shape is not known in numbers."""
+    if is_symbolic(rows) or not rows.root.codes.size:
+        return None
+    probe = _Probe(rows)
+    slope = probe.softmax()
+    if slope is not None:
+        return Softmax(slope)
+    return probe.norm() if rows.root.far == math.inf else None
 
 
 class _Probe:
