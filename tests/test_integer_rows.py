@@ -173,6 +173,19 @@ def test_softmax_and_norms_are_recognized_in_every_form(name):
     assert not list(floats(traced(program, x)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_short_floats_are_recognized_too(dtype):
+    def f(params, x):
+        h = x @ params["w"] * jnp.asarray(0.25, dtype)
+        return h, jax.nn.softmax(h), nn.LayerNorm(dtype=dtype, use_scale=False, use_bias=False).apply({}, h)
+
+    params, x = {"w": jnp.asarray(RNG.normal(size=(16, 32)), dtype)}, jnp.asarray(RNG.normal(size=(6, 16)), dtype)
+    program = jaxq.integer(f, jaxq.calibrate(f, STATIC, progress=False)(params, [x]))(params, x)
+    h, weights, rows = (np.asarray(a, np.float32) for a in program(x))
+    np.testing.assert_allclose(weights, jax.nn.softmax(h), atol=0.02)  # of h, which was rounded on its way out
+    np.testing.assert_allclose(rows, jax.nn.standardize(h, epsilon=1e-6), atol=0.04)
+
+
 OTHERS = {
     "groups": linen(nn.GroupNorm(num_groups=4)),
     "power_of_a_norm": lambda h: h / (h.var(-1, keepdims=True) + 1e-3) ** 0.4,
@@ -203,6 +216,13 @@ def test_numbers_that_hide_go_nowhere_else():
     plan = jaxq.calibrate(f, STATIC, progress=False)(params, [x])
     with pytest.raises(ValueError, match="add at .*far from all others"):
         jaxq.integer(f, plan)(params, x)
+
+    def g(params, x):
+        return jnp.where(x[:, :1] > 0, x @ params["w"], -1e9) @ params["w"]
+
+    plan = jaxq.calibrate(g, STATIC, progress=False)(params, [x])
+    with pytest.raises(ValueError, match="site 'w.*far from all others"):
+        jaxq.integer(g, plan)(params, x)
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jax import lax
 from jaxq.integer import arithmetic, moves, reductions, rows, tables
 from jaxq.integer.entry import leave
 from jaxq.integer.products import Job
-from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Rowed, Value
+from jaxq.integer.values import HIDDEN, Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Rowed, Value
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
 from jaxq.programs.sites import Path
@@ -28,7 +28,6 @@ DIRECT = frozenset({lax.add_p, lax.sub_p, lax.mul_p, lax.max_p, lax.min_p, lax.s
 
 # What may take numbers that stand for larger ones: what moves them, or asks for their order.
 FAR = moves.MOVES | {lax.reduce_max_p, lax.reduce_min_p, lax.argmax_p, lax.argmin_p, lax.convert_element_type_p}
-HIDDEN = "a number that is far from all others, as those that hide a position: only a softmax or a maximum takes it"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ the smallest product that each can make.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 from jaxq.decisions.decision import Decision
 from jaxq.integer import embedding, tables
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
+from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.numbers import affine as numbers
@@ -84,6 +85,8 @@ class Job:
             raise x.why
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
+        if x.far < math.inf:
+            raise Refusal(f"takes {HIDDEN}")
         codes = narrowed(x, self.grid(number))
         if isinstance(self.item.op, Dot) and self.item.op.batch[number] and not x.is_narrow:
             # Rounded where they are, and moved as codes: a copy in another order that also rounds has no vectors.

@@ -18,7 +18,7 @@ from jaxq.integer import arithmetic
 from jaxq.integer.moves import MOVES
 from jaxq.integer.norms import normalized
 from jaxq.integer.softmax import softmax
-from jaxq.integer.tables import ELEMENTWISE, once
+from jaxq.integer.tables import ELEMENTWISE, once, run
 from jaxq.integer.values import Coded, Constant, Mapped, Rowed, Rows, Value, line_of
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
@@ -50,7 +50,7 @@ def composed(eqn: Eqn, operands: Sequence[Value]) -> Rows | None:
     def of(x: jax.Array) -> jax.Array:
         rest = iter(parts)
         args = [_array(o, v.aval) if isinstance(o, Constant) else next(rest).of(x) for o, v in _pairs(eqn, operands)]
-        return jaxpr.rebind(eqn, *(a.astype(v.aval.dtype) for a, v in zip(args, eqn.invars, strict=True)))[0]
+        return run(eqn, args)
 
     return Rows(found.root, axes, once(of))
 

@@ -53,10 +53,17 @@ def composed(eqn: Eqn, operands: Sequence[Value]) -> Line | None:
 
     def of(x: jax.Array) -> jax.Array:
         args = [_scalars(o, x) if isinstance(o, Constant) else line_of(o).of(x) for o in operands]
-        typed = [a.astype(v.aval.dtype) for a, v in zip(args, eqn.invars, strict=True)]
-        return jaxpr.rebind(eqn, *typed)[0]
+        return run(eqn, args)
 
     return Line(lines[0].root, once(of), eqn.primitive.name)
+
+
+def run(eqn: Eqn, args: Sequence[jax.Array]) -> jax.Array:
+    """Return what an equation makes of real numbers: whatever floats a program has, float32 stands for them here."""
+    if eqn.primitive is lax.convert_element_type_p and jaxpr.is_float(args[0]) and jaxpr.is_float(eqn.outvars[0].aval):
+        return args[0]
+    types = [jnp.float32 if jaxpr.is_float(v.aval) else v.aval.dtype for v in eqn.invars]
+    return jaxpr.rebind(eqn, *(a.astype(dtype) for a, dtype in zip(args, types, strict=True)))[0]
 
 
 def once(of: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
