@@ -269,11 +269,12 @@ def softmax(v, slope):
     steps = rescaled(held(below, v.scale * math.log2(math.e), -reach, 0 * reach), same(2.0**-15, below.ndim)).codes
     codes = np.zeros_like(below)
     for at in np.ndindex(below.shape[:-1]):
-        powers = [power_of_two(x, 29 - math.ceil(math.log2(below.shape[-1]))) for x in steps[at]]
-        total = sum(powers)
+        powers = [power_of_two(x, 29) for x in steps[at]]
+        spare = math.ceil(math.log2(below.shape[-1]))
+        total = sum(powers) >> spare
         up = 31 - int(total).bit_length()
         inverse = (2**31 - 1) // (int32(total << up) >> 15)
-        codes[at] = [int32((((p << up) + 2**15) >> 16) * inverse) for p in powers]
+        codes[at] = [int32(rounded_down_by(p, 16 + spare - up) * inverse) for p in powers]
     return held(codes, same(2.0**-30, codes.ndim), same(0, codes.ndim), same(2**30 + 2**16, codes.ndim))
 
 
@@ -298,7 +299,7 @@ def norm(v, epsilon, centered=True):
             row = [int32(c - middle) for c in row]
         length = max(max(map(abs, row)).bit_length(), least)
         short = [rounded_down_by(c, length - 14) if length > 14 else c << (14 - length) for c in row]
-        squares = sum((c * c + (1 << down >> 1)) >> down for c in short)
+        squares = (sum(c * c for c in short) + (1 << down >> 1)) >> down
         squares = int32(squares + min(round(added * 4.0 ** (14 - length) * count / 2**down), 2**30 - 1))
         up = (32 - max(squares, 1).bit_length()) // 2 * 2
         inverse = (2**31 - 1) // max(math.isqrt(squares << up), 1)

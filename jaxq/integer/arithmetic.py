@@ -32,10 +32,17 @@ from jaxq.numbers.requantize import single_rounding
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
+# How much larger than a value a constant may be that is selected in its place and is to keep its own size.
+NEARBY = 16.0
+SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
+
 
 def _plus(v: Coded, c: Constant) -> Coded:
     """v + c."""
     v, reals = refined(v), finite(c)
+    largest = float(np.max(np.abs(reals), initial=0.0))
+    if largest > FAR * max(1.0, float(np.max(v.reach * v.scale))):
+        raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
     if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
         total = float(np.max(v.reach * v.scale + np.abs(reals)))
         v = coarser(v, power_above(total / ROOM))
@@ -215,7 +222,7 @@ def _nearer(cases: Sequence, reach: float) -> tuple[list, float]:
     beyond the values. What is beyond the second result stands for them.
     """
     limit, end = 1.25 * reach, 1.5 * reach
-    is_far = [isinstance(c, Constant) and not np.all(np.abs(c.reals) <= FAR * reach) for c in cases]
+    is_far = [isinstance(c, Constant) and not np.all(np.abs(c.reals) <= NEARBY * reach) for c in cases]
     if not any(is_far):
         return list(cases), math.inf
     return [Constant(_to_end(c.reals, limit, end)) if far else c for c, far in zip(cases, is_far, strict=True)], limit
@@ -224,7 +231,7 @@ def _nearer(cases: Sequence, reach: float) -> tuple[list, float]:
 def _to_end(reals: np.ndarray, limit: float, end: float) -> np.ndarray:
     if np.isnan(reals).any():
         raise Refusal("has a constant that is NaN, for which there is no code")
-    if np.any((np.abs(reals) > limit / 1.25) & (np.abs(reals) <= FAR * limit)):
+    if np.any((np.abs(reals) > limit / 1.25) & (np.abs(reals) <= NEARBY * limit)):
         raise Refusal("selects constants of which some hide a position and some are just large: use one that hides")
     return np.where(np.abs(reals) > limit, np.sign(reals) * end, reals)
 
@@ -234,7 +241,9 @@ def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
     if len(cases) != 2:
         raise Refusal("selects one of several constants: select one of two at a time")
     first, second = (finite(c) for c in cases)
-    return _plus(scaled(identity(eqn, which), second - first), Constant(first))
+    chosen = _plus(scaled(identity(eqn, which), second - first), Constant(first))
+    largest = max(float(np.max(np.abs(c), initial=0.0)) for c in (first, second))
+    return dataclasses.replace(chosen, far=0.5 * largest) if largest > FAR else chosen
 
 
 def identity(eqn: Eqn, x):

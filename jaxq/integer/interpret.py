@@ -60,7 +60,8 @@ class Integers:
             return self.outputs(eqn, operands, path)
         except Refusal as refusal:
             where = refusal.where or _named(eqn, self.jobs.get(path))
-            self.problems.append(f"{where} {refusal}")
+            if (problem := f"{where} {refusal}") not in self.problems:
+                self.problems.append(problem)
             return [Refused()] * len(eqn.outvars)
 
     def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
@@ -106,7 +107,7 @@ class Integers:
         form = rows.recognized(found)
         if form is not None:
             self.forms[path] = form
-        elif rows.is_symbolic(found):
+        elif rows.is_symbolic(found) and rows.is_counted(found):
             form = self.forms.get(path)
         return form
 

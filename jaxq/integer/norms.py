@@ -68,9 +68,11 @@ def normalized(v: Coded, axes: Sequence[int], *, centered: bool, epsilon: float)
         raise Refusal(f"is a norm beside whose epsilon, {epsilon:.3g}, its operand is nothing: use a smaller one")
     length = jnp.maximum(32 - lax.clz(largest), least)
     short = _to_length(codes, length)
-    # Squares are shifted down so that int32 holds their sum.
+    # Two sums of fourteen bits each, put together without the last bits, so that int32 holds it.
     down = max(0, math.ceil(math.log2(count)) - 2)
-    squares = jnp.sum((short * short + (1 << down >> 1)) >> down, tuple(axes), keepdims=True, dtype=jnp.int32)
+    words = ((short * short) >> BITS, (short * short) & (2**BITS - 1))
+    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in words)
+    squares = (high << (BITS - down)) + ((low + (1 << down >> 1)) >> down)
     lengths = np.arange(32, dtype=np.float64)
     table = np.rint(added * 4.0 ** (BITS - lengths) * count / 2**down).clip(0, 2**30 - 1).astype(np.int32)
     squares = squares + jnp.take(jnp.asarray(table), length, mode="clip")

@@ -57,6 +57,8 @@ class Job:
             return f"stays float in the plan ({decision.reason}): give it a scheme such as jaxq.w8a8(static=True)"
         if not isinstance(self.item.op, Dot | Conv | Embedding) or site.stack:
             return f"has no integer form yet: {site.op}{' inside a scan' if site.stack else ''}"
+        if isinstance(self.item.op, Embedding) and decision.out is not None:
+            return "rounds the rows it looks up: drop out= from its Scheme, for the sites that take the rows round them"
         faults = (self._fault(n, quantizer) for n, quantizer in enumerate(decision.quantizers))
         fault = next(filter(None, faults), "")
         if not fault and decision.out is not None and not _is_fixed_grid(decision.out):

@@ -29,7 +29,8 @@ class IntegerProgram:
     """A function with its weights inside, in integers: call it with what follows the weights.
 
     It composes with `jit` and `jax.export`, and compiles by itself, for every kind of call. params: those of the
-    arguments that `argnums` names, converted; forms: which equations were recognized as softmax or norms.
+    arguments that `argnums` names, converted; forms: which equations were recognized as
+    softmax or norms, in each kind of call.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: jnp.tanh(x @ p["w"])), {"w": jnp.eye(4)}, jnp.ones((2, 4))
@@ -43,7 +44,7 @@ class IntegerProgram:
     plan: Plan
     params: tuple
     argnums: tuple[int, ...]
-    forms: dict[Path, Softmax | Norm] = dataclasses.field(default_factory=dict, repr=False)
+    forms: dict[Static, dict[Path, Softmax | Norm]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"IntegerProgram({len(self.plan.sites)} sites)"
@@ -76,7 +77,7 @@ class IntegerProgram:
         leaves = [next(arrays if weight is None else parameters) for weight in layout.weights]
         program = load(self.fn, layout, leaves, self.plan, lines=False)
         check_observed(program, self.plan.unobserved())
-        outs = _interpreted(program, layout, leaves, self.forms)
+        outs = _interpreted(program, layout, leaves, self.forms.setdefault(spec, {}))
         out, changed = jax.tree.unflatten(program.out_structure, outs)
         if changed:
             raise ValueError("the call changes its module, which an integer program cannot: call module.eval() first")

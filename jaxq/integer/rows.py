@@ -107,6 +107,11 @@ def is_symbolic(rows: Rows) -> bool:
     return not all(isinstance(n, int) for n in rows.root.codes.shape)
 
 
+def is_counted(rows: Rows) -> bool:
+    """Tell whether it is known in numbers how long the rows are."""
+    return all(isinstance(rows.root.codes.shape[axis], int) for axis in rows.axes)
+
+
 def recognized(rows: Rows) -> Softmax | Norm | None:
     """Return what a function of rows is; None for others, and where the shape is not known in numbers."""
     if is_symbolic(rows) or not rows.root.codes.size:
@@ -114,7 +119,9 @@ def recognized(rows: Rows) -> Softmax | Norm | None:
     probe = _Probe(rows)
     slope = probe.softmax()
     if slope is not None:
-        return Softmax(slope)
+        # What hides a position is far below; far above, it would be all that counts.
+        above = rows.root.ends[1] if slope > 0 else -rows.root.ends[0]
+        return Softmax(slope) if above < rows.root.far else None
     return probe.norm() if rows.root.far == math.inf else None
 
 
@@ -151,16 +158,28 @@ class _Probe:
         slope = None
         for size in np.geomspace(0.01, 10, 4):  # of the slope's inverse, which is not known at first
             x = self.draw(size, size) / abs(slope or 1.0)
-            y = self.of(x)
-            if not np.isfinite(y).all() or y.min() < 0 or np.abs(y.sum(self.axes) - 1).max() > CLOSE:
+            slope = slope or self._slope(x, self.of(x))
+            if slope is None or not np.isfinite(slope) or not self._is_softmax(slope, x):
                 return None
-            slope = slope or self._slope(x, y)
-            if slope is None or not np.isfinite(slope) or np.abs(y - self._softmax(slope * x)).max() > CLOSE:
-                return None
-        return slope
+        # All that the argument may be, and rows that are far from zero as a whole.
+        near = np.concatenate([self.draw(1.0, 1.0)[None] / abs(slope)] * 4)
+        offsets = np.array([-1.0, -0.01, 0.01, 1.0]).reshape(4, *(1,) * (near.ndim - 1)) * self.far
+        if all(self._is_softmax(slope, x) for x in (*self.draws(20), *(near + offsets))):
+            return slope
+        return None
+
+    def _is_softmax(self, slope: float, x: np.ndarray) -> bool:
+        """Tell whether it is one on some rows, as far as float32 tells, but for rows for which floats do not reach."""
+        x = x.astype(np.float32).astype(np.float64)
+        y = self.of(x)
+        reached = np.isfinite(y).all(self.axes, keepdims=True)
+        allowed = CLOSE + 1e-6 * np.abs(slope * x).max(self.axes, keepdims=True)
+        return bool(np.all(~reached | (np.abs(np.where(reached, y, 0) - self._softmax(slope * x)) <= allowed)))
 
     def _slope(self, x: np.ndarray, y: np.ndarray) -> float | None:
         """Return how fast the logarithm grows, by least squares, where a row says so."""
+        if not np.isfinite(y).all() or y.min() < 0:
+            return None
         dx = x - x.mean(self.axes, keepdims=True)
         z = np.log(np.maximum(y, 1e-30))
         dz = np.where(y > 1e-20, z - z.mean(self.axes, keepdims=True), 0)

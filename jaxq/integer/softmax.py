@@ -18,6 +18,8 @@ from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
 
 # Bits of fractions, of exponents and of the polynomial's values.
 FRACTION = 15
+# Bits of the largest number of a row's powers; how many of them two sums hold.
+BITS, LONGEST = 29, 2**15
 # 2^g on [0, 1) within 1e-4: interpolated where a Chebyshev polynomial is zero, lowest degree first.
 POWERS = tuple(round(c * 2**FRACTION) for c in (0.99990029, 0.69632477, 0.22469316, 0.07896726))
 
@@ -37,23 +39,27 @@ def exp2(x: jax.Array, bits: int) -> jax.Array:
 
 
 def softmax(v: Coded, slope: float, axes: Sequence[int]) -> Coded:
-    """Return `softmax(slope v)` over axes, in steps of 2^-30, within 5e-4; refuse rows of more than 2^20 numbers."""
+    """Return `softmax(slope v)` over axes, in steps of 2^-30, within 5e-4; refuse rows of more than 2^15 numbers."""
     count = math.prod(v.codes.shape[axis] for axis in axes)
-    if count > 2**20:
-        raise Refusal(f"is a softmax of {count} numbers: up to {2**20} have an integer form")
+    if count > LONGEST:
+        raise Refusal(f"is a softmax of {count} numbers: up to {LONGEST} have an integer form")
     far = v.far * abs(slope)
     v = within(uniform(scaled(v, np.array(slope))), 2**30 - 1)
     below = v.codes - jnp.max(v.codes, tuple(axes), keepdims=True)
     reach = ones(2 * int(v.reach.max()), below.ndim, np.int64)
     exponents = rescaled(wide(below, v.scale * math.log2(math.e), -reach, 0 * reach), ones(2.0**-FRACTION, below.ndim))
-    powers = exp2(exponents.codes, 29 - math.ceil(math.log2(count)) if count > 1 else 29)
+    powers = exp2(exponents.codes, BITS)
     if far < math.inf:
         powers = _hidden(powers, v.codes, int(far / v.scale.max()), axes)
-    total = jnp.sum(powers, tuple(axes), keepdims=True, dtype=jnp.int32)
-    # The sum's first bit becomes the last but one of a word, where all that it is a sum of has room too.
+    # Two sums of fifteen bits each, put together without the bits that a sum of so many has no room for.
+    spare = max(0, math.ceil(math.log2(max(count, 1))))
+    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in (powers >> 15, powers & (2**15 - 1)))
+    total = (high << (15 - spare)) + (low >> spare)
+    # The sum's first bit becomes the last but one of a word, and all that it is a sum of is shifted as far.
     up = lax.clz(total) - 1
     inverse = lax.div(jnp.int32(INT32[1]), (total << up) >> 15)
-    codes = (((powers << up) + 2**15) >> 16) * inverse
+    down = 16 + spare - up
+    codes = ((powers + (1 << (down - 1))) >> down) * inverse
     return wide(codes, ones(2.0**-30, codes.ndim), ones(0, codes.ndim), ones(2**30 + 2**16, codes.ndim))
 
 

@@ -18,7 +18,10 @@ import numpy as np
 INT8, INT32 = (-128, 127), (-(2**31), 2**31 - 1)
 # Bits of the sums that different scales are brought together for: their codes stay within +-2^30.
 ROOM = 2.0**30
-HIDDEN = "a number that is far from all others, as those that hide a position: only a softmax or a maximum takes it"
+HIDDEN = (
+    "a number that is far from all others, as those that hide a position: only a softmax or a maximum takes it, of "
+    "scores selected by jnp.where"
+)
 
 
 class Refusal(ValueError):
