@@ -286,6 +286,7 @@ def test_what_a_lookup_fills_in_or_rounds_is_refused():
     def g(params, tokens):
         return jnp.take(params["table"], tokens, axis=0)
 
+    tokens = jnp.arange(50)
     scheme = jaxq.Scheme(jaxq.int8(), out=jaxq.int8(per_tensor=True, calibrator=jaxq.minmax()))
     plan = jaxq.calibrate(g, scheme, progress=False)(params, [tokens])
     with pytest.raises(ValueError, match="site 'table'.* drop out="):
