@@ -29,7 +29,6 @@ import jaxq
 LAYERS, HEADS, EPSILON = 6, 12, 1e-12
 LENGTH, BATCH = 64, 32  # tokens of a sentence, sentences of a batch
 REPORT_BATCHES = 8
-CALIBRATION = 8  # batches
 REPEATS = 7
 PICTURE_HEIGHT = 1274  # down to the end of a chart
 
@@ -184,9 +183,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ((last - counts + last - 1) / 2)[inverse]
 
 
-def in_integers(params: dict[str, Any], tokenizer: WordPiece, pairs: Pairs) -> dict[str, float]:
+def in_integers(params: dict[str, Any], tokenizer: WordPiece, pairs: Pairs, samples: Sequence) -> dict[str, float]:
     """Return how near the integer encoder's embeddings are to the float ones, and Spearman's correlation of each."""
-    samples = [b for b, _ in zip(batches(pairs.first, tokenizer), range(CALIBRATION), strict=False)]
     plan = jaxq.calibrate(features, jaxq.w8a8(static=True, symmetric=False))(params, samples)
     encoder = jaxq.integer(features, plan)(params, *samples[0])
     qparams = jaxq.convert(features, plan)(params, *samples[0])
@@ -237,11 +235,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     params = load_weights(find(args.model, "model.safetensors"))
     tokenizer, pairs = WordPiece(find(args.model, "vocab.txt")), load_pairs(find(args.stsb, "sts-dev.csv"))
+    samples = [b for b, _ in zip(batches(pairs.first, tokenizer), range(REPORT_BATCHES), strict=False)]
     if args.integer:
-        result = in_integers(params, tokenizer, pairs)
+        result = in_integers(params, tokenizer, pairs, samples)
         print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
         return result
-    samples = [b for b, _ in zip(batches(pairs.first, tokenizer), range(REPORT_BATCHES), strict=False)]
     plan = jaxq.make_plan(encode, jaxq.w8a8(static=args.static))(params, *samples[0])
     if args.static:
         plan = jaxq.calibrate(encode, plan)(params, samples)

@@ -117,10 +117,7 @@ def uniform(v):
 
 def summable(v, terms):
     """Shift down what int32 might not hold the sum of."""
-    reach = INT32[1] // terms
-    if v.reach.max() <= reach:
-        return v._replace(narrow=False)
-    return rescaled(v, same(power_above(v.real_reach / (reach - 1)), v.codes.ndim))
+    return within(v, INT32[1] // terms)
 
 
 def refined(v):
@@ -245,7 +242,6 @@ def int32(x):
 
 
 def within(v, reach):
-    v = uniform(v)
     if v.reach.max() <= reach:
         return v._replace(narrow=False)
     return rescaled(v, same(power_above(v.real_reach / (reach - 1)), v.codes.ndim))
@@ -263,7 +259,7 @@ def power_of_two(x, bits):
 
 def softmax(v, slope):
     """Softmax along the last axis: integers of Python."""
-    v = within(times(v, np.array(slope)), 2**30 - 1)
+    v = within(uniform(times(v, np.array(slope))), 2**30 - 1)
     below = v.codes - v.codes.max(-1, keepdims=True)
     reach = same(2 * int(v.reach.max()), below.ndim)
     steps = rescaled(held(below, v.scale * math.log2(math.e), -reach, 0 * reach), same(2.0**-15, below.ndim)).codes

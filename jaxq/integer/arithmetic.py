@@ -34,6 +34,8 @@ from jaxq.programs.jaxpr import Eqn
 
 # How much larger than a value a constant may be that is selected in its place and is to keep its own size.
 NEARBY = 16.0
+# Where numbers that stand for larger ones are, and where they begin, in what the values reach.
+END, LIMIT = 1.5, 1.25
 SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
 
 
@@ -41,7 +43,7 @@ def _plus(v: Coded, c: Constant) -> Coded:
     """v + c."""
     v, reals = refined(v), finite(c)
     largest = float(np.max(np.abs(reals), initial=0.0))
-    if largest > FAR * max(1.0, float(np.max(v.reach * v.scale))):
+    if largest > FAR * max(1.0, v.real_reach):
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
     if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
         total = float(np.max(v.reach * v.scale + np.abs(reals)))
@@ -204,7 +206,7 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
         return _constants(eqn, which, cases)
-    near, far = _nearer(cases, max(float(np.max(c.reach * c.scale)) for c in data))
+    near, far = _nearer(cases, max(c.real_reach for c in data))
     coded = together([refined(c) for c in data], beside(data, [c for c in near if isinstance(c, Constant)]))
     like, rest = coded[0], iter(coded)
     full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in near]
@@ -221,19 +223,19 @@ def _nearer(cases: Sequence, reach: float) -> tuple[list, float]:
     Such numbers, infinity among them, hide a position from a softmax or a maximum: all that counts is that they are
     beyond the values. What is beyond the second result stands for them.
     """
-    limit, end = 1.25 * reach, 1.5 * reach
     is_far = [isinstance(c, Constant) and not np.all(np.abs(c.reals) <= NEARBY * reach) for c in cases]
     if not any(is_far):
         return list(cases), math.inf
-    return [Constant(_to_end(c.reals, limit, end)) if far else c for c, far in zip(cases, is_far, strict=True)], limit
+    near = [Constant(_to_end(c.reals, reach)) if far else c for c, far in zip(cases, is_far, strict=True)]
+    return near, LIMIT * reach
 
 
-def _to_end(reals: np.ndarray, limit: float, end: float) -> np.ndarray:
+def _to_end(reals: np.ndarray, reach: float) -> np.ndarray:
     if np.isnan(reals).any():
         raise Refusal("has a constant that is NaN, for which there is no code")
-    if np.any((np.abs(reals) > limit / 1.25) & (np.abs(reals) <= NEARBY * limit)):
+    if np.any((np.abs(reals) > reach) & (np.abs(reals) <= NEARBY * LIMIT * reach)):
         raise Refusal("selects constants of which some hide a position and some are just large: use one that hides")
-    return np.where(np.abs(reals) > limit, np.sign(reals) * end, reals)
+    return np.where(np.abs(reals) > reach, np.sign(reals) * END * reach, reals)
 
 
 def _constants(eqn: Eqn, which: Plain, cases) -> Coded:

@@ -17,7 +17,21 @@ from jax import lax
 from jaxq.integer import arithmetic, moves, reductions, rows, tables
 from jaxq.integer.entry import leave
 from jaxq.integer.products import Job
-from jaxq.integer.values import HIDDEN, Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Rowed, Value
+from jaxq.integer.values import (
+    HIDDEN,
+    Coded,
+    Constant,
+    Entry,
+    Mapped,
+    Plain,
+    Refusal,
+    Refused,
+    Rowed,
+    Value,
+    as_array,
+    is_extended,
+    there,
+)
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
 from jaxq.programs.sites import Path
@@ -84,7 +98,7 @@ class Integers:
                 "do this before the call, or give the program integers, such as pixels in uint8"
             )
         if eqn.primitive is lax.split_p:
-            return moves.split(eqn, _there(operands[0]))
+            return moves.split(eqn, there(operands[0]))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
 
     def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
@@ -113,7 +127,7 @@ class Integers:
 
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply the rule of an equation by itself."""
-        operands = [_there(x) for x in operands]
+        operands = [there(x) for x in operands]
         far = min((x.far for x in operands if isinstance(x, Coded)), default=math.inf)
         if far == math.inf:
             return self.ruled(eqn, operands)
@@ -137,13 +151,6 @@ class Integers:
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
 
 
-def _there(x: Value) -> Value:
-    """Return a value; raise why there are no integers of it."""
-    if isinstance(x, Rowed):
-        raise x.why
-    return x
-
-
 def _named(eqn: Eqn, job: Job | None = None) -> str:
     """Return a site's or a primitive's name, and its line."""
     name, line = f"site '{job.item.site.name}'" if job else eqn.primitive.name, jaxpr.source_line(eqn)
@@ -159,7 +166,7 @@ def _rule(eqn: Eqn) -> Callable[..., Value] | None:
 
 def known(array: Any) -> Constant:
     """Return a constant, with ones for the axes along which all numbers are alike."""
-    if array is None or _is_extended(array):
+    if array is None or is_extended(array):
         return Constant(array)
     array = np.asarray(array)
     for axis in range(array.ndim):
@@ -183,21 +190,6 @@ def _ahead(eqn: Eqn, operands: Sequence[Constant]) -> Sequence[Constant]:
         return [known(y) for y in jaxpr.rebind(eqn, *(as_array(x, v.aval) for x, v in pairs))]
 
 
-def as_array(x: Value, aval: Any) -> jax.Array:
-    """Return an array as the program has it."""
-    if isinstance(x, Plain):
-        return x.array
-    assert isinstance(x, Constant)
-    if _is_extended(x.held):
-        return x.held
-    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape)
-
-
-def _is_extended(array: Any) -> bool:
-    """Tell whether an array is of a type that NumPy has not, such as random keys."""
-    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
-
-
 def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:
     """Tell whether an equation is about integers that stand for themselves."""
     if not all(isinstance(x, Plain | Constant) for x in operands):
@@ -219,7 +211,7 @@ def finished(value: Value, aval: Any) -> jax.Array:
     """Return an output of the program in the type that it has: codes are dequantized."""
     if isinstance(value, Constant):
         return as_array(value, aval)
-    value = _there(value)
+    value = there(value)
     if isinstance(value, Coded) and value.far < math.inf:
         raise Refusal(f"is {HIDDEN}")
     if isinstance(value, Coded | Mapped):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.integer.reductions import sums_of_words
 from jaxq.integer.scales import refined, uniform, within
 from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
 
@@ -41,8 +42,7 @@ def mean(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
     Two sums of sixteen bits each, which int32 holds, divided one after the other, as by hand.
     """
     count = math.prod(codes.shape[axis] for axis in axes)
-    high = jnp.sum(codes >> 16, tuple(axes), keepdims=True, dtype=jnp.int32)
-    low = jnp.sum(codes & 0xFFFF, tuple(axes), keepdims=True, dtype=jnp.int32)
+    high, low = sums_of_words(codes, 16, axes)
     number = np.int32(count)
     whole = lax.div(high + np.int32(2**14 * count), lax.full_like(high, number)) - 2**14  # rounded down
     rest = ((high - whole * number) << 16) + low + np.int32(count // 2)
@@ -70,22 +70,25 @@ def normalized(v: Coded, axes: Sequence[int], *, centered: bool, epsilon: float)
     short = _to_length(codes, length)
     # Two sums of fourteen bits each, put together without the last bits, so that int32 holds it.
     down = max(0, math.ceil(math.log2(count)) - 2)
-    words = ((short * short) >> BITS, (short * short) & (2**BITS - 1))
-    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in words)
+    high, low = sums_of_words(short * short, BITS, axes)
     squares = (high << (BITS - down)) + ((low + (1 << down >> 1)) >> down)
     lengths = np.arange(32, dtype=np.float64)
     table = np.rint(added * 4.0 ** (BITS - lengths) * count / 2**down).clip(0, 2**30 - 1).astype(np.int32)
     squares = squares + jnp.take(jnp.asarray(table), length, mode="clip")
-    # An even shift to the left, half as far after the root.
-    up = lax.clz(jnp.maximum(squares, 1)) & ~1
-    root = isqrt(lax.bitcast_convert_type(squares << up, jnp.uint32))
-    inverse = lax.div(jnp.int32(INT32[1]), jnp.maximum(lax.bitcast_convert_type(root, jnp.int32), 1))
+    inverse, up = _inverse_root(squares)
     # The sum is at least 2^(26 - down), which has no more than 5 + down zeros before it.
     most = (5 + down) // 2
-    quotient = _rounded_down_by(short * inverse, jnp.maximum(most - (up >> 1), 0))
+    quotient = _rounded_down_by(short * inverse, jnp.maximum(most - up, 0))
     scale = 2.0 ** (most - 31) * math.sqrt(count / 2**down)
     end = ones(min(2**30, math.ceil(math.sqrt(count) * (1 + 2**-12) / scale)), codes.ndim, np.int64)
     return wide(quotient, ones(scale, codes.ndim), -end, end)
+
+
+def _inverse_root(squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `2^31 / sqrt(squares 4^up)`, of sixteen bits, and up, by which squares fill a word. squares: int32."""
+    up = lax.clz(jnp.maximum(squares, 1)) >> 1
+    root = isqrt(lax.bitcast_convert_type(squares << (2 * up), jnp.uint32))
+    return lax.div(jnp.int32(INT32[1]), jnp.maximum(lax.bitcast_convert_type(root, jnp.int32), 1)), up
 
 
 def _to_length(codes: jax.Array, length: jax.Array) -> jax.Array:

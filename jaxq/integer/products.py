@@ -16,7 +16,7 @@ from jax import lax
 from jaxq.decisions.decision import Decision
 from jaxq.integer import embedding, tables
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
+from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Value, ones, there, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.numbers import affine as numbers
@@ -83,8 +83,7 @@ class Job:
             return self._weight(x)
         if isinstance(x, Mapped):
             return tables.looked_up(x.line, self.grid(number))
-        if isinstance(x, Rowed):
-            raise x.why
+        x = there(x)
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
         if x.far < math.inf:

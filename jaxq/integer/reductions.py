@@ -7,6 +7,8 @@ not hold them.
 import math
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -32,6 +34,13 @@ def total(eqn: Eqn, x: Coded) -> Coded:
     v = _summable(x, math.prod(x.codes.shape[a] for a in axes), axes)
     low, high = (np.squeeze(_over(end, v, axes), axes) for end in (v.low, v.high))
     return wide(jaxpr.rebind(eqn, v.codes)[0], np.squeeze(v.scale, axes), low, high)
+
+
+def sums_of_words(codes: jax.Array, bits: int, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Return the sums over axes, kept as ones, of what is above the last `bits` of int32 codes, and of those bits."""
+    words = (codes >> bits, codes & (2**bits - 1))
+    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in words)
+    return high, low
 
 
 def _over(end: np.ndarray, v: Coded, axes: Sequence[int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxq.integer.moves import MOVES
 from jaxq.integer.norms import normalized
 from jaxq.integer.softmax import softmax
 from jaxq.integer.tables import ELEMENTWISE, once, run
-from jaxq.integer.values import Coded, Constant, Mapped, Rowed, Rows, Value, line_of
+from jaxq.integer.values import Coded, Constant, Mapped, Rowed, Rows, Value, as_array, line_of
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
@@ -49,14 +49,11 @@ def composed(eqn: Eqn, operands: Sequence[Value]) -> Rows | None:
 
     def of(x: jax.Array) -> jax.Array:
         rest = iter(parts)
-        args = [_array(o, v.aval) if isinstance(o, Constant) else next(rest).of(x) for o, v in _pairs(eqn, operands)]
+        pairs = zip(operands, eqn.invars, strict=True)
+        args = [as_array(o, v.aval) if isinstance(o, Constant) else next(rest).of(x) for o, v in pairs]
         return run(eqn, args)
 
     return Rows(found.root, axes, once(of))
-
-
-def _pairs(eqn: Eqn, operands: Sequence[Value]) -> zip:
-    return zip(operands, eqn.invars, strict=True)
 
 
 def _alone(x: Value) -> Rows:
@@ -64,10 +61,6 @@ def _alone(x: Value) -> Rows:
     line = line_of(x)
     assert line is not None
     return Rows(line.root, frozenset(), line.of)
-
-
-def _array(c: Constant, aval: jax.core.ShapedArray) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(c.held), aval.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,11 +155,9 @@ class _Probe:
             if slope is None or not np.isfinite(slope) or not self._is_softmax(slope, x):
                 return None
         # All that the argument may be, and rows that are far from zero as a whole.
-        near = np.concatenate([self.draw(1.0, 1.0)[None] / abs(slope)] * 4)
-        offsets = np.array([-1.0, -0.01, 0.01, 1.0]).reshape(4, *(1,) * (near.ndim - 1)) * self.far
-        if all(self._is_softmax(slope, x) for x in (*self.draws(20), *(near + offsets))):
-            return slope
-        return None
+        near = self.draw(1.0, 1.0) / abs(slope)
+        offset = [near + share * self.far for share in (-1.0, -0.01, 0.01, 1.0)]
+        return slope if all(self._is_softmax(slope, x) for x in (*self.draws(20), *offset)) else None
 
     def _is_softmax(self, slope: float, x: np.ndarray) -> bool:
         """Tell whether it is one on some rows, as far as float32 tells, but for rows for which floats do not reach."""
@@ -224,21 +215,19 @@ class _Probe:
         epsilon = float(np.median(seen)) if seen else 0.0
         found = Norm(gain, bias, epsilon, centered)
         for x in self.draws(40):
-            square = self._square(x, centered)
-            share = np.sqrt(square / np.where(square > 0, square + epsilon, 1))
-            if not self._near(self.of(x), gain * self._unit(x, centered) * share + bias, gain):
+            if not self._near(self.of(x), gain * self._unit(x, centered, epsilon) + bias, gain):
                 return None
         return found
 
-    def _centred(self, x: np.ndarray, centered: bool) -> np.ndarray:
+    def _deviation(self, x: np.ndarray, centered: bool) -> np.ndarray:
         return x - x.mean(self.axes, keepdims=True) if centered else x
 
     def _square(self, x: np.ndarray, centered: bool) -> np.ndarray:
-        return (self._centred(x, centered) ** 2).mean(self.axes, keepdims=True)
+        return (self._deviation(x, centered) ** 2).mean(self.axes, keepdims=True)
 
-    def _unit(self, x: np.ndarray, centered: bool) -> np.ndarray:
-        square = self._square(x, centered)
-        return self._centred(x, centered) / np.sqrt(np.where(square > 0, square, 1))
+    def _unit(self, x: np.ndarray, centered: bool, epsilon: float = 0.0) -> np.ndarray:
+        square = self._square(x, centered) + epsilon
+        return self._deviation(x, centered) / np.sqrt(np.where(square > 0, square, 1))
 
     def _near(self, y: np.ndarray, other: np.ndarray, gain: np.ndarray) -> bool:
         return bool(np.isfinite(y).all() and np.abs(y - other).max() <= NEAR * np.abs(gain).max())

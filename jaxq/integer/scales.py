@@ -93,12 +93,12 @@ def uniform(v: Coded) -> Coded:
         return v
     if np.all(v.scale == v.scale.max()):
         return Coded(v.codes, ones(v.scale.max(), v.codes.ndim), v.low, v.high, v.zero_point, v.line)
-    return coarser(v, power_above(float(np.max(v.reach * v.scale)) / ROOM))
+    return coarser(v, power_above(v.real_reach / ROOM))
 
 
 def together(values: Sequence[Coded], extra: float = 0.0) -> list[Coded]:
     """Return int32 values of one scale, whose sum, and `extra` with it, int32 holds."""
-    total = sum(float(np.max(v.reach * v.scale)) for v in values) + extra
+    total = sum(v.real_reach for v in values) + extra
     scales = {float(v.scale.max()) for v in values}
     if len(scales) == 1 and all(v.scale.size == 1 for v in values) and total / min(scales) <= ROOM:
         return [widened(v) for v in values]
@@ -110,7 +110,7 @@ def within(v: Coded, reach: float) -> Coded:
     """Return int32 codes between `-reach` and `reach`: as they are, or of one coarser scale."""
     if np.max(v.reach) <= reach:
         return widened(v)
-    return coarser(v, power_above(float(np.max(v.reach * v.scale)) / (reach - 1)))
+    return coarser(v, power_above(v.real_reach / (reach - 1)))
 
 
 # --- whole numbers of the program, and constants ---------------------------------------------------------------------
@@ -148,7 +148,7 @@ def finite(c: Constant) -> np.ndarray:
 def beside(values: Sequence[Coded], constants: Sequence[Constant]) -> float:
     """Return the largest of constants that are to have the values' scale; refuse one that leaves too little of them."""
     extra = max([float(np.max(np.abs(finite(c)), initial=0.0)) for c in constants], default=0.0)
-    if extra > FAR * max(float(np.max(v.reach * v.scale)) for v in values):
+    if extra > FAR * max(v.real_reach for v in values):
         raise Refusal(f"puts in {extra:.3g}, beside which the other values are nothing: use a smaller number")
     return extra
 

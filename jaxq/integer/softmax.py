@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.arithmetic import scaled
+from jaxq.integer.reductions import sums_of_words
 from jaxq.integer.scales import rescaled, uniform, within
 from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
 
@@ -53,7 +54,7 @@ def softmax(v: Coded, slope: float, axes: Sequence[int]) -> Coded:
         powers = _hidden(powers, v.codes, int(far / v.scale.max()), axes)
     # Two sums of fifteen bits each, put together without the bits that a sum of so many has no room for.
     spare = max(0, math.ceil(math.log2(max(count, 1))))
-    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in (powers >> 15, powers & (2**15 - 1)))
+    high, low = sums_of_words(powers, 15, axes)
     total = (high << (15 - spare)) + (low >> spare)
     # The sum's first bit becomes the last but one of a word, and all that it is a sum of is shifted as far.
     up = lax.clz(total) - 1

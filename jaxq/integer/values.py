@@ -94,6 +94,11 @@ class Coded:
         return np.maximum(np.maximum(-self.low, self.high), 1)
 
     @property
+    def real_reach(self) -> float:
+        """The largest size of a real number that is possible."""
+        return float(np.max(self.reach * self.scale))
+
+    @property
     def ends(self) -> tuple[float, float]:
         """The smallest and the largest real number that is possible."""
         return float(np.min(self.low * self.scale)), float(np.max(self.high * self.scale))
@@ -185,3 +190,25 @@ def line_of(value: Value) -> Line | None:
     if isinstance(value, Coded) and value.line is None:
         return Line(value, lambda x: x)
     return value.line if isinstance(value, Coded | Mapped | Plain) else None
+
+
+def there(x: Value) -> Value:
+    """Return a value; raise why there are no integers of it."""
+    if isinstance(x, Rowed):
+        raise x.why
+    return x
+
+
+def as_array(x: Value, aval: Any) -> jax.Array:
+    """Return an array as the program has it."""
+    if isinstance(x, Plain):
+        return x.array
+    assert isinstance(x, Constant)
+    if is_extended(x.held):
+        return x.held
+    return jnp.broadcast_to(jnp.asarray(x.held, aval.dtype), aval.shape)
+
+
+def is_extended(array: Any) -> bool:
+    """Tell whether an array is of a type that NumPy has not, such as random keys."""
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
