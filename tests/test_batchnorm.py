@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxq
 
@@ -92,3 +93,74 @@ def test_batch_statistics_change_no_codes():
     running = np.asarray(jaxq.qat(net.apply, jaxq.w8a8())(variables, x), np.float64)
     sums = (running - bias) / factor(variables)
     np.testing.assert_allclose(jaxq.qat(trained, jaxq.w8a8())(variables, x), whitened(sums) * scale + bias, atol=1e-3)
+
+
+# --- what plans say --------------------------------------------------------------------------------------------------
+
+
+def norms(f, *args):
+    """Return what a plan says of the BatchNorms of a function, site by site."""
+    return [site.norms for site in jaxq.make_plan(f)(*args).sites]
+
+
+FOLDS, OF_BATCH = ("BatchNorm folds",), ("BatchNorm does not fold: statistics of the batch",)
+
+
+def test_plans_say_which_batchnorms_fold():
+    net, variables, x = start(conv=True)
+    assert norms(net.apply, variables, x) == [FOLDS]
+    assert norms(lambda v, x: net.apply(v, x, train=True, mutable=["batch_stats"]), variables, x) == [OF_BATCH]
+    plan = jaxq.make_plan(net.apply)(variables, x)
+    assert "BatchNorm folds" in str(plan) and jaxq.Plan.from_json(plan.to_json()) == plan
+
+
+def test_plans_say_so_of_another_framework():
+    module = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.BatchNorm(6, rngs=nnx.Rngs(0)))
+    module.eval()
+    assert norms(lambda m, x: m(x), module, jnp.ones((8, 4))) == [FOLDS]
+
+
+def _by_hand(x, p):
+    return (x - p["mean"]) / jnp.sqrt(p["var"] + EPSILON) * p["gain"] + p["bias"]
+
+
+def _in_one(x, p):
+    factor = p["gain"] * (p["var"] + EPSILON) ** -0.5
+    return x * factor + (p["bias"] - p["mean"] * factor)
+
+
+P = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 6))}
+P |= {name: jnp.ones((1, 6)) for name in ("mean", "var", "gain", "bias")}
+
+
+@pytest.mark.parametrize("norm", [_by_hand, _in_one, jax.jit(_by_hand), jax.checkpoint(_in_one)])
+def test_plans_say_so_of_what_is_written_by_hand(norm):
+    x = jnp.ones((8, 4))
+    assert norms(lambda p, x: norm(x @ p["up"] + 1, p), P, x) == [FOLDS]
+    (after,) = norms(lambda p, x: norm(jax.nn.relu(x @ p["up"]), p), P, x)[0]
+    assert after.startswith("BatchNorm does not fold: after max")
+    (after,) = norms(lambda p, x: norm(jnp.tanh(x @ p["up"]), p), P, x)[0]
+    assert after.startswith("BatchNorm does not fold: after tanh at test_batchnorm.py:")
+    both = norms(lambda p, x: norm(jax.nn.relu(norm(x @ p["up"], p)) @ p["down"], p), P, x)
+    assert both == [FOLDS, FOLDS]
+
+
+def test_plans_say_so_of_what_runs_in_a_loop():
+    def f(p, x):
+        h, _ = jax.lax.scan(lambda h, layer: (jax.nn.relu(_by_hand(h @ layer["down"], layer)), None), x, p)
+        return h
+
+    stacked = jax.tree.map(lambda a: jnp.stack([a] * 3), {name: a for name, a in P.items() if name != "up"})
+    assert norms(f, stacked, jnp.ones((8, 6))) == [FOLDS]
+
+
+def test_other_norms_are_no_batchnorms():
+    def layer_norm(x, p):
+        mean = x.mean(-1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON) * p["gain"]
+
+    def scores(x, p):
+        return jax.nn.softmax(x @ p["down"] / jnp.sqrt(6.0))
+
+    assert norms(lambda p, x: scores(layer_norm(x @ p["up"], p), p), P, jnp.ones((8, 4))) == [(), ()]
+    assert norms(lambda p, x: _by_hand(x, p) @ p["down"], P, jnp.ones((8, 6))) == [()]

@@ -13,6 +13,7 @@ import pytest
 import jaxq
 from inspection import arrays, assert_bitwise, convolutions, cosine, is_depthwise, pieces, products, short_products
 from zoo import NAMES, Model, model
+from zoo.entry import normal
 
 RECIPES = {
     "dynamic": jaxq.w8a8(),
@@ -137,22 +138,26 @@ def _loss(fn):
     return loss
 
 
-# Most are above 0.999. In these a few units are moved across the kinks of ReLU and max-pooling, a large part of a tiny
-# network; by how much depends on the numbers drawn.
-KINKED = {"mlp": 0.985, "linen_cnn_eval": 0.99, "custom_vjp": 0.99}
+# Of eight examples, the few units that rounding moves across a kink of ReLU or max-pooling are a large part of the
+# gradient: 0.988 to 0.9998 by the numbers drawn. These are asked with a batch of 64, all with the bound of all.
+KINKED = {"mlp", "linen_cnn_eval", "custom_vjp"}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if model(name).reverse])
 def test_gradients_point_where_float_gradients_point(name):
     entry, plan = model(name), planned(name, "dynamic")
-    exact = jax.jit(jax.grad(_loss(entry.fn), allow_int=True))(entry.params, *entry.args)
-    near = jax.jit(jax.grad(_loss(jaxq.qat(entry.fn, plan)), allow_int=True))(entry.params, *entry.args)
+    args = entry.args
+    if name in KINKED:
+        args = (normal(3, 64, *args[0].shape[1:]),)
+        plan = jaxq.make_plan(entry.fn, RECIPES["dynamic"])(entry.params, *args)
+    exact = jax.jit(jax.grad(_loss(entry.fn), allow_int=True))(entry.params, *args)
+    near = jax.jit(jax.grad(_loss(jaxq.qat(entry.fn, plan)), allow_int=True))(entry.params, *args)
 
     def floats(tree):
         return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
     assert all(np.isfinite(leaf).all() for leaf in floats(exact))
-    assert cosine(floats(exact), floats(near)) >= KINKED.get(name, 0.997)
+    assert cosine(floats(exact), floats(near)) >= 0.997
 
 
 def test_the_order_of_batches_does_not_matter():

@@ -75,7 +75,7 @@ class IntegerProgram:
         layout: Layout = spec.value
         parameters, arrays = iter(take_apart((self.params,), {}, 0)[1]), iter(data)
         leaves = [next(arrays if weight is None else parameters) for weight in layout.weights]
-        program = load(self.fn, layout, leaves, self.plan, lines=False)
+        program = load(self.fn, layout, leaves, self.plan, shown=False)
         check_observed(program, self.plan.unobserved())
         outs = _interpreted(program, layout, leaves, self.forms.setdefault(spec, {}))
         out, changed = jax.tree.unflatten(program.out_structure, outs)

@@ -164,10 +164,10 @@ def _alarmed(r: Leaf, alarm: jax.Array) -> Leaf:
     return r._replace(hi=r.hi + alarm)
 
 
-def load(fn: Callable, layout: Layout, leaves: list, policy: Policy | Plan, lines: bool = True) -> Program:
+def load(fn: Callable, layout: Layout, leaves: list, policy: Policy | Plan, shown: bool = True) -> Program:
     """Trace a function on the leaves of a call and resolve a policy, or fit a plan, to its sites.
 
-    lines: look up the source line of every site, which is slow.
+    shown: look up what only plans show, which is slow: source lines and BatchNorms.
     """
 
     def flat(*arrays):
@@ -178,7 +178,7 @@ def load(fn: Callable, layout: Layout, leaves: list, policy: Policy | Plan, line
         return out, changed
 
     body, out = jaxpr.trace(flat, *(shape_of(leaf) for leaf in leaves))
-    analysis = analyze(body, layout.weights, layout.names, lines)
+    analysis = analyze(body, layout.weights, layout.names, shown)
     if isinstance(policy, Plan):
         decisions, ranges = resolve.fit(policy, analysis.sites)
     else:

@@ -51,7 +51,7 @@ def _run(fn: Callable, spec: Spec, ranges: Any, leaves: list, key: jax.Array | N
     decided = spec.policy.value
     policy = Plan(decided.decisions, ranges) if isinstance(decided, _Decided) else decided
     with _uncollected():
-        program = load(fn, layout, leaves, policy, lines=False)
+        program = load(fn, layout, leaves, policy, shown=False)
         if not spec.watch:
             whole = isinstance(policy, Plan)
             check_observed(program, spec.blank if whole else Plan(program.decisions, program.ranges).unobserved())

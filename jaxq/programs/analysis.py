@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxq.programs import jaxpr, ops
+from jaxq.programs import batchnorm, jaxpr, ops
 from jaxq.programs.jaxpr import Body
 from jaxq.programs.provenance import CONSTANT, DATA, NONE, Around, Found, Value, flow, parameter
 from jaxq.programs.sites import Feed, Located, Operand, Path, Site
@@ -41,11 +41,11 @@ class Analysis:
         return tuple(item.site for item in self.located)
 
 
-def analyze(body: Body, leaves: Sequence[int | None], names: Names, lines: bool = True) -> Analysis:
+def analyze(body: Body, leaves: Sequence[int | None], names: Names, shown: bool = True) -> Analysis:
     """Find every site of a program.
 
     leaves: for each argument the index of the parameter leaf it is, or None for data; names: the leaves' tree paths;
-    lines: look up the source line of every site, which is slow.
+    shown: look up what only plans show, which is slow: source lines and BatchNorms.
     Raises `CoverageError` naming each matmul or convolution that was not reached.
     """
     found: list[Found] = []
@@ -55,7 +55,19 @@ def analyze(body: Body, leaves: Sequence[int | None], names: Names, lines: bool 
     constant = DATA if all(value.pure for value in args) else CONSTANT
     flow(body, args, (), Around(), found.append, constant)
     _audit(body, found)
-    return Analysis(_locate(found, names, lines))
+    located = _locate(found, names)
+    return Analysis(_shown(body, leaves, located, found) if shown else located)
+
+
+def _shown(body: Body, leaves: Sequence[int | None], located: tuple[Located, ...], found: list[Found]) -> tuple:
+    """Return sites with what only plans show: the line that each comes from, and the BatchNorms that follow it."""
+    norms = batchnorm.notes(body, (i is not None for i in leaves), frozenset(item.path for item in located))
+    shown = []
+    for item, equation in zip(located, found, strict=True):
+        source = os.path.basename(jaxpr.source_line(equation.eqn))
+        site = dataclasses.replace(item.site, source=source, norms=norms.get(item.path, ()))
+        shown.append(dataclasses.replace(item, site=site))
+    return tuple(shown)
 
 
 def _audit(body: Body, found: list[Found]) -> None:
@@ -201,7 +213,7 @@ def _parse(item: Found) -> _Parsed:
     return _Parsed(item, op, weight, sources, _clean((*item.around.scope, *scope)), why)
 
 
-def _locate(found: list[Found], names: Names, lines: bool) -> tuple[Located, ...]:
+def _locate(found: list[Found], names: Names) -> tuple[Located, ...]:
     parsed = [_parse(item) for item in found]
     roots = _roots([(p.item, p.sources, p.scope) for p in parsed if not p.why], names)
     namer = _Namer(names, roots, _clashes([p.sources for p in parsed if not p.why], names))
@@ -211,7 +223,7 @@ def _locate(found: list[Found], names: Names, lines: bool) -> tuple[Located, ...
     named = {n: namer.name(parsed[n].item, parsed[n].op, parsed[n].sources, parsed[n].scope) for n in order}
     makers = {p.item.path: _Maker(named[n], _loops(p.item, stacks[n])) for n, p in enumerate(parsed)}
     feeds = [_feeds(p, stacks[n], makers) for n, p in enumerate(parsed)]
-    return tuple(_located(p, named[n], (stacks[n], feeds[n]), names, lines) for n, p in enumerate(parsed))
+    return tuple(_located(p, named[n], (stacks[n], feeds[n]), names) for n, p in enumerate(parsed))
 
 
 class _Maker(NamedTuple):
@@ -257,7 +269,7 @@ def _stacks(items: list[tuple[Found, int | None]]) -> list[frozenset[Path]]:
     return stacks
 
 
-def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], names: Names, lines: bool) -> Located:
+def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], names: Names) -> Located:
     item, op, weight, _, scope, why = parsed
     stacked, feeds = placed
     value = Value() if weight is None else item.operands[weight]
@@ -274,7 +286,6 @@ def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], 
         reuse=op.reuse(shapes, tuple(out.shape)),
         stack=tuple(length for path, length in item.around.loops if path in stacked),
         scope="/".join(scope),
-        source=os.path.basename(jaxpr.source_line(item.eqn)) if lines else "",
         obstacle=why,
     )
     in_while = any(path in value.variant for path, length in item.around.loops if length is None)

@@ -57,6 +57,10 @@ MOVES = SAME_VALUE | {
 }
 PICKS = frozenset({prims.slice_p, SLICE, prims.reduce_window_max_p, prims.reduce_max_p, prims.reduce_min_p})
 JOINS = frozenset({prims.max_p, prims.min_p, prims.concatenate_p})
+ROOTS = frozenset({prims.rsqrt_p, prims.sqrt_p, prims.pow_p})
+SCALINGS = frozenset({prims.mul_p, prims.div_p})
+LINEAR = SCALINGS | {prims.add_p, prims.sub_p, prims.neg_p, prims.reduce_window_sum_p}  # in the first operand
+SUM = prims.reduce_sum_p
 LATE = jex.Primitive("late")  # whose rules are in `late`
 SELECT = prims.select_n_p
 PAD = prims.pad_p

@@ -37,7 +37,8 @@ class Site:
     name: stable, from the weight's path; op: `dot_general`, `conv_general_dilated`, `ragged_dot` or `embedding`;
     stack: lengths of the scans in which the site has a weight per iteration, outermost first; terms: products summed
     into one output element; reuse: for each operand, the products that one of its elements takes part in; flops: of
-    one execution; obstacle: why it cannot be quantized, or empty.
+    one execution; obstacle: why it cannot be quantized, or empty; norms: the BatchNorms that follow, and whether they
+    fold, where the plan was made by `make_plan`.
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
@@ -56,6 +57,7 @@ class Site:
     source: str = ""
     obstacle: str = ""
     reuse: tuple[int, ...] = ()
+    norms: tuple[str, ...] = ()
 
     @property
     def weight(self) -> Operand | None:

@@ -90,7 +90,7 @@ def floats_only(args: list, kwargs: dict, argnums: Argnums) -> tuple[Layout, lis
 
 def _compare(f: Callable, layout: Static, blank: frozenset[str], plan: Plan, leaves: list):
     """Return the noise of the program's float outputs, and what every site shows, by name."""
-    program = load(f, layout.value, leaves, plan, lines=False)
+    program = load(f, layout.value, leaves, plan, shown=False)
     check_observed(program, blank)
 
     def run(lane):

@@ -127,7 +127,7 @@ def sensitivity(
 
 
 def _run(f: Callable, layout: Static, blank: frozenset[str], plan: Plan, leaves: list, switches: Switches) -> Any:
-    program = load(f, layout.value, leaves, plan, lines=False)
+    program = load(f, layout.value, leaves, plan, shown=False)
     check_observed(program, blank)
     signals = {
         item.path: tuple(jax.numpy.full(item.site.stack, on) for on in switches[decision.site.name])
