@@ -1,4 +1,4 @@
-"""Which site a BatchNorm follows, and whether it folds: found by dataflow, however and in which framework it is written.
+"""Which site a BatchNorm follows, and whether it folds: found by dataflow, in whatever framework it is written.
 
 A BatchNorm in evaluation mode multiplies by the inverse deviation of *parameters*, in training mode by that of sums
 over the batch. As long as nothing but multiplications and additions of parameters stands between it and a site, it is
