@@ -233,6 +233,58 @@ def dot(x, y, left_grid, right_grid, contracted):
     return held(codes, same(float(a.scale.max() * b.scale.max()), 2), same(top, 2), same(end, 2))
 
 
+def product(a, b):
+    """Products of two values, shifted down to thirty bits, halves up."""
+    reach = float(a.reach.max()) * float(b.reach.max())
+    down = max(0, math.ceil(math.log2(reach / 2**30)))
+    codes = (a.codes * b.codes + (1 << down >> 1)) >> down
+    end = same(math.ceil(reach / 2**down), codes.ndim)
+    return held(codes, a.scale * b.scale * 2.0**down, -end, end)
+
+
+def table_alone(v, grid, f):
+    """Look up a growing function of an int8 value, of grid `grid`, in 2^15 steps of what it may be, zero included."""
+    low, high = (float(f(np.float32(end.item() * v.scale.item()))) for end in (v.low, v.high))
+    scale = (max(high, 0.0) - min(low, 0.0)) / 2**15
+    made = np.rint(f(np.float32(grid.scale * (np.arange(-128, 128) - grid.zero))).astype(np.float64) / scale)
+    made, rank = made.astype(np.int64), v.codes.ndim
+    used = made[grid.low + 128 : grid.high + 129]
+    return held(made[v.codes + grid.zero + 128], same(scale, rank), same(used.min(), rank), same(used.max(), rank))
+
+
+# --- loops -----------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """How a value is carried: codes of a scale that is a power of two, of at most this size."""
+
+    scale: float
+    reach: int
+
+    def of(self, v):
+        codes = rescaled(v, same(self.scale, v.codes.ndim)).codes
+        ends = same(self.reach, v.codes.ndim)
+        return held(np.clip(codes, -ends, ends), same(self.scale, v.codes.ndim), -ends, ends)
+
+
+def states(step, shape, bounds, length):
+    """Return how a loop's values are carried. step: an iteration, of a list of values; bounds: of the first ones."""
+
+    def within(bounds):
+        scales = [power_above(1.001 * b / 2**30) if b else 2.0**-30 for b in bounds]
+        return [State(scale, math.ceil(1.001 * b / scale)) for scale, b in zip(scales, bounds, strict=True)]
+
+    def after(bounds):
+        zeros = held(np.zeros(shape, np.int64), same(1.0, len(shape)), same(0, len(shape)), same(0, len(shape)))
+        outs = step([state.of(zeros) for state in within(bounds)])
+        return [max(b, out.real_reach) for b, out in zip(bounds, outs, strict=True)]
+
+    first = after(bounds)
+    second = after(first)
+    steps = [b - a if b > 1.001 * a else 0.0 for a, b in zip(first, second, strict=True)]
+    return within([b + length * step for b, step in zip(second, steps, strict=True)] if any(steps) else second)
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from jaxq.integer.values import INT8, Affine, Coded, ones
 from jaxq.numbers import affine
 from jaxq.numbers.catalog import int8
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, CustomRule, Inline, Remat
+from jaxq.programs.jaxpr import Body, CustomRule, Inline, Loop, Remat
 from jaxq.programs.sites import Path
 
 # Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
@@ -53,9 +53,22 @@ def _follow(
         sub = jaxpr.subprogram(eqn)
         if isinstance(sub, Inline | CustomRule | Remat):
             env.update(zip(eqn.outvars, _follow(sub.body, held, jobs, (*here, 0), found), strict=True))
+        elif isinstance(sub, Loop):
+            _follow_loop(sub, held, jobs, here, found)
         elif eqn.primitive in KEEPS:
             env[eqn.outvars[0]] = held[0]
     return [number(v) for v in body.jaxpr.outvars]
+
+
+def _follow_loop(loop: Loop, numbers: list[int | None], jobs: Mapping[Path, Job], path: Path, found: Takers) -> None:
+    """Add what takes an argument in a loop: of layers, in each that it comes to."""
+    states = slice(loop.constants, loop.constants + loop.carries)
+    layers = (
+        range(loop.length) if any(path in job.item.stacked for job in jobs.values()) else range(min(loop.length, 1))
+    )
+    for n in layers[:: -1 if loop.reverse else 1]:
+        _follow(loop.body, numbers, {key: job.layer(path, n) for key, job in jobs.items()}, (*path, 0), found)
+        numbers = [*numbers[: states.start], *(None for _ in range(loop.carries)), *numbers[states.stop :]]
 
 
 def enter(x: jax.Array, takers: Sequence[tuple[Job, int]]) -> Coded:

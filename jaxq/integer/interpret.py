@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, moves, reductions, rows, tables
+from jaxq.integer import arithmetic, curves, loops, moves, reductions, rows, tables
 from jaxq.integer.entry import leave
 from jaxq.integer.products import Job
 from jaxq.integer.values import (
@@ -33,7 +33,7 @@ from jaxq.integer.values import (
     there,
 )
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Remat
+from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Loop, Remat
 from jaxq.programs.sites import Path
 
 RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
@@ -47,11 +47,12 @@ FAR = moves.MOVES | {lax.reduce_max_p, lax.reduce_min_p, lax.argmax_p, lax.argmi
 @dataclasses.dataclass(frozen=True, eq=False)
 class Integers:
     """Runs a program in integers. jobs: what the plan says of each site, by path; problems: what could not be done;
-    forms: which equations complete a softmax or a norm, to be added to."""
+    forms: which equations complete a softmax or a norm, to be added to; layers: which iterations of loops this runs."""
 
     jobs: dict[Path, Job]
     problems: list[str]
     forms: dict[Path, rows.Softmax | rows.Norm]
+    layers: tuple[int, ...] = ()
 
     def run(self, body: Body, args: Sequence[Value], path: Path = ()) -> list[Value]:
         """Return the values of a program's outputs."""
@@ -80,15 +81,17 @@ class Integers:
 
     def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
         constants = [x for x in operands if isinstance(x, Constant)]
-        if len(constants) == len(operands) and not eqn.effects:
-            return _ahead(eqn, constants)
         if path in self.jobs:
             return [self.jobs[path].run(operands)]
+        if len(constants) == len(operands) and not eqn.effects:
+            return _ahead(eqn, constants)
         sub = jaxpr.subprogram(eqn)
         if isinstance(sub, Inline | CustomRule | Remat):
             return self.run(sub.body, operands, (*path, 0))
+        if isinstance(sub, Loop):
+            return self.loop(sub, operands, path)
         if sub is not None:
-            raise Refusal("has no integer form yet: write the loop or the branch out")
+            raise Refusal("has no integer form: use lax.scan or fori_loop with a known number of steps, or jnp.where")
         if _is_whole(eqn, operands):
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
@@ -100,6 +103,17 @@ class Integers:
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, there(operands[0]))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
+
+    def loop(self, loop: Loop, operands: list[Value], path: Path) -> list[Value]:
+        """Run a loop: layer by layer, where each has weights of its own, else as a loop."""
+        if loops.varies(loop, operands) or any(path in job.item.stacked for job in self.jobs.values()):
+            return loops.written_out(loop, operands, lambda n, args: self.at(path, n).run(loop.body, args, (*path, 0)))
+        return loops.scanned(loop, operands, lambda args: self.run(loop.body, args, (*path, 0)))
+
+    def at(self, path: Path, n: int) -> "Integers":
+        """Return what runs one iteration of the loop at `path`."""
+        jobs = {key: job.layer(path, n) for key, job in self.jobs.items()}
+        return dataclasses.replace(self, jobs=jobs, layers=(*self.layers, n))
 
     def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
         """Apply the rule of an ordinary equation, or of what it is the last one of."""
@@ -120,9 +134,9 @@ class Integers:
         """Return what a function of rows is; of a batch whose size is a symbol, what it was at the size built for."""
         form = rows.recognized(found)
         if form is not None:
-            self.forms[path] = form
+            self.forms[*self.layers, *path] = form
         elif rows.is_symbolic(found) and rows.is_counted(found):
-            form = self.forms.get(path)
+            form = self.forms.get((*self.layers, *path))
         return form
 
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
@@ -147,7 +161,7 @@ class Integers:
             return Mapped(line)
         if rule is None:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
-        result = rule(eqn, *(tables.made(x) if isinstance(x, Mapped) else x for x in operands))
+        result = rule(eqn, *(curves.made(x) if isinstance(x, Mapped) else x for x in operands))
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
 
 
@@ -215,6 +229,6 @@ def finished(value: Value, aval: Any) -> jax.Array:
     if isinstance(value, Coded) and value.far < math.inf:
         raise Refusal(f"is {HIDDEN}")
     if isinstance(value, Coded | Mapped):
-        return leave(tables.made(value) if isinstance(value, Mapped) else value, aval.dtype)
+        return leave(curves.made(value) if isinstance(value, Mapped) else value, aval.dtype)
     assert isinstance(value, Plain | Entry)
     return value.array

@@ -1,7 +1,8 @@
 """What moves values about: the codes move, and scales that differ by channel with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -97,21 +98,24 @@ def pad(eqn: Eqn, x: Coded, filling: Value) -> Coded:
 
 
 def concatenate(eqn: Eqn, *parts: Value) -> Coded:
-    """Values of one grid as they are, of several at one scale; so are stacks."""
+    """Values side by side along an axis, or stacked along a new one."""
+    return joined(parts, [v.aval.shape for v in eqn.invars], lambda codes: jaxpr.rebind(eqn, *codes)[0])
+
+
+def joined(parts: Sequence[Value], shapes: Sequence, join: Callable[[list[jax.Array]], jax.Array]) -> Coded:
+    """Return values put together: of one grid as they are, of several at one scale. join: puts codes together."""
     data = [p for p in parts if isinstance(p, Coded)]
     grids = {(p.codes.dtype, p.scale.size == 1 and float(p.scale.max()), p.zero_point) for p in data}
     if len(grids) == 1 and len(data) == len(parts) and False not in next(iter(grids)):
-        joined = data
+        alike = data
     else:
         constants = [p for p in parts if isinstance(p, Constant)]
-        joined = together([refined(p) for p in data] if constants else data, beside(data, constants))
-    like, coded = joined[0], iter(joined)
-    shapes = [v.aval.shape for v in eqn.invars]
+        alike = together([refined(p) for p in data] if constants else data, beside(data, constants))
+    like, coded = alike[0], iter(alike)
     full = [constant(p, like) if isinstance(p, Constant) else next(coded) for p in parts]
-    codes = [jnp.broadcast_to(c.codes, shape) for c, shape in zip(full, shapes, strict=True)]
-    joined_codes = jaxpr.rebind(eqn, *codes)[0]
-    low, high = (ones(end, joined_codes.ndim, np.int64) for end in span(full))
-    return Coded(joined_codes, ones(like.scale.max(), joined_codes.ndim), low, high, like.zero_point)
+    codes = join([jnp.broadcast_to(c.codes, shape) for c, shape in zip(full, shapes, strict=True)])
+    low, high = (ones(end, codes.ndim, np.int64) for end in span(full))
+    return Coded(codes, ones(like.scale.max(), codes.ndim), low, high, like.zero_point)
 
 
 def split(eqn: Eqn, x: Value) -> list[Value]:

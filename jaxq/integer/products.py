@@ -7,6 +7,7 @@ the smallest product that each can make.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.rounding import NearestAway, NearestEven, Saturate, Stochastic
 from jaxq.programs.ops import Conv, Dot, Embedding
-from jaxq.programs.sites import Located
+from jaxq.programs.sites import Located, Path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +38,16 @@ class Job:
     decision: Decision
     ranges: tuple[Leaf | None, ...]
     weight: QArray | None
+
+    def layer(self, path: Path, n: int) -> "Job":
+        """Return the job of one iteration of the loop at `path`, where the site has a weight for each."""
+        if path not in self.item.stacked:
+            return self
+        site = dataclasses.replace(self.item.site, stack=self.item.site.stack[1:])
+        item = dataclasses.replace(self.item, site=site, stacked=self.item.stacked - {path})
+        own = functools.partial(jax.tree.map, lambda leaf: leaf[n])
+        with jax.ensure_compile_time_eval():
+            return dataclasses.replace(self, item=item, ranges=own(self.ranges), weight=own(self.weight))
 
     def run(self, operands: list[Value]) -> Coded:
         """Return the site's sums, wide, or rounded to its output's grid where the plan has one."""
@@ -55,8 +66,8 @@ class Job:
         site, decision = self.item.site, self.decision
         if decision.scheme is None:
             return f"stays float in the plan ({decision.reason}): give it a scheme such as jaxq.w8a8(static=True)"
-        if not isinstance(self.item.op, Dot | Conv | Embedding) or site.stack:
-            return f"has no integer form yet: {site.op}{' inside a scan' if site.stack else ''}"
+        if not isinstance(self.item.op, Dot | Conv | Embedding):
+            return f"has no integer form yet: {site.op}"
         if isinstance(self.item.op, Embedding) and decision.out is not None:
             return "rounds the rows it looks up: drop out= from its Scheme, for the sites that take the rows round them"
         faults = (self._fault(n, quantizer) for n, quantizer in enumerate(decision.quantizers))
@@ -83,6 +94,8 @@ class Job:
             return self._weight(x)
         if isinstance(x, Mapped):
             return tables.looked_up(x.line, self.grid(number))
+        if isinstance(x, Constant):  # in the first iteration of a loop
+            return _known(x.held, self.item.site.operands[number].shape, self.grid(number))
         x = there(x)
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
@@ -136,6 +149,13 @@ class Job:
             raise Refusal("has a weight with scales along the axis that is summed over: drop group=")
         codes = np.asarray(q.codes).astype(np.int64)
         return Coded(q.codes, np.asarray(q.scale, np.float64), codes, codes)
+
+
+def _known(reals: Any, shape: tuple[int, ...], grid: Affine) -> Coded:
+    """Return the codes of numbers that are known."""
+    codes = np.broadcast_to(grid.codes_of(np.asarray(reals)), shape)
+    low, high = (ones(end - grid.zero_point, codes.ndim, np.int64) for end in (codes.min(), codes.max()))
+    return Coded(jnp.asarray(codes, jnp.int8), ones(grid.scale, codes.ndim), low, high, grid.zero_point)
 
 
 def _plain(x: Value) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxq.integer.entry import enter, takers
 from jaxq.integer.interpret import Integers, finished, known
 from jaxq.integer.products import Job
 from jaxq.integer.rows import Norm, Softmax
-from jaxq.integer.values import Entry, Plain, Refusal, Refused, Value
+from jaxq.integer.values import Constant, Entry, Plain, Refusal, Refused, Value
 from jaxq.interpretation.arguments import Argnums, Layout, Static, float_of, place, take_apart
 from jaxq.interpretation.convert import convert
 from jaxq.interpretation.program import Program, load
@@ -77,9 +77,10 @@ class IntegerProgram:
         leaves = [next(arrays if weight is None else parameters) for weight in layout.weights]
         program = load(self.fn, layout, leaves, self.plan, shown=False)
         check_observed(program, self.plan.unobserved())
-        outs = _interpreted(program, layout, leaves, self.forms.setdefault(spec, {}))
-        out, changed = jax.tree.unflatten(program.out_structure, outs)
-        if changed:
+        outs, fixed = _interpreted(program, layout, leaves, self.forms.setdefault(spec, {}))
+        out, _ = jax.tree.unflatten(program.out_structure, outs)
+        _, changes = jax.tree.unflatten(program.out_structure, fixed)
+        if not all(jax.tree.leaves(changes)):  # by the data; what is counted in every call is what it was when built
             raise ValueError("the call changes its module, which an integer program cannot: call module.eval() first")
         return out
 
@@ -132,7 +133,8 @@ def _jobs(program: Program, layout: Layout, leaves: list) -> dict[Path, Job]:
     return {item.path: Job(item, d, r, weights.get(d.site.name)) for item, d, r in quads if not item.site.obstacle}
 
 
-def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) -> list:
+def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) -> tuple[list, list[bool]]:
+    """Return the outputs, and which of them do not depend on data."""
     jobs = _jobs(program, layout, leaves)
     # What is codes is read by sites alone: nothing is decoded.
     arrays = [None if isinstance(leaf, QArray) else float_of(leaf) for leaf in leaves]
@@ -142,7 +144,7 @@ def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) ->
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(f"operations without an integer form, {len(problems)} in all:\n{lines}")
-    return outs
+    return outs, [isinstance(value, Constant) for value in values]
 
 
 def _arguments(program: Program, layout: Layout, arrays: list, jobs: dict[Path, Job]) -> list[Value]:

@@ -1,11 +1,12 @@
-"""Any function of one int8 value as 256 codes: found by dataflow, built by running the user's own equations.
+"""Any function of one value as a table of codes: found by dataflow, built by running the user's own equations.
 
 Element by element, equations of one value and scalars compose to a function of it (`composed`), however often the value
-is used: `x * sigmoid(x)` is one function. It becomes a table when it is known on which grid its result is wanted. If
-the value is wide, it is rounded to 256 steps first, over the range that the *result* needs: outside of it no code of
-the result changes. So the range of a table's input is neither measured nor guessed.
+is used: `x * sigmoid(x)` is one function. It becomes a table when it is known on which grid its result is wanted: of
+256 codes, if the value is int8; of up to 4096 steps, if it is a sum, over the range that the *result* needs: outside of
+it no code of the result changes. So the range of a table's input is neither measured nor guessed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer import arithmetic
-from jaxq.integer.scales import narrowed
+from jaxq.integer.scales import rescaled
 from jaxq.integer.values import INT8, Affine, Coded, Constant, Line, Mapped, Plain, Refusal, Value, line_of, ones
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
@@ -32,8 +33,8 @@ ELEMENTWISE = frozenset(
 
 # How many points a range is looked at in, to find where a function of it changes.
 POINTS = 2**14
-# How many codes a table may be off between two steps of its argument: one by itself, one that is added to a line.
-FEW, SOME = 4, 24
+# How many steps of a sum a table has, and how many codes it may be off between two of them.
+STEPS, FEW = 4096, 4
 # In how many of its steps a function may jump.
 JUMPS = 32
 NORMS = "A softmax or a norm of rows needs no table, where it is written out as one"
@@ -82,7 +83,7 @@ def _scalars(c: Constant, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(np.asarray(c.array).reshape(())), like.shape)
 
 
-def _evaluate(line: Line, reals: np.ndarray) -> np.ndarray:
+def evaluate(line: Line, reals: np.ndarray) -> np.ndarray:
     """Return a function's values, float64. NaN is an error: there is no code for it."""
     with jax.ensure_compile_time_eval():
         values = np.asarray(line.of(jnp.asarray(reals, jnp.float32)))
@@ -97,51 +98,60 @@ def _evaluate(line: Line, reals: np.ndarray) -> np.ndarray:
     return values
 
 
-def looked_up(line: Line, affine: Affine, few: int = FEW) -> Coded:
-    """Return a function's int8 codes on a grid: its argument's codes, looked up in a table, at most `few` codes off."""
-    root, grid = _narrow_root(line, affine)
-    every = np.arange(INT8[0], INT8[1] + 1)
-    table = affine.codes_of(_evaluate(line, (grid.scale * (every - grid.zero_point)).clip(*line.root.ends)))
-    if root is not line.root:
-        _check_steps(line, affine, grid, table, few)
-    index = lax.convert_element_type(root.codes, jnp.int32) - np.int32(INT8[0])
-    codes = jnp.take(jnp.asarray(table, jnp.int8), index, mode="clip")
-    used = table[grid.low - INT8[0] : grid.high - INT8[0] + 1] - affine.zero_point
+def looked_up(line: Line, affine: Affine) -> Coded:
+    """Return a function's int8 codes on a grid: its argument's steps, looked up in a table, at most a few codes off."""
+    root = line.root
+    whole = root.is_narrow and root.scale.size == 1
+    place, reals = _codes(root) if whole else _steps(line, affine)
+    table = affine.codes_of(evaluate(line, reals.clip(*root.ends)))
+    if not whole:
+        _check_steps(line, affine, reals, table)
+    codes = jnp.take(jnp.asarray(table, jnp.int8), place, mode="clip")
+    used = table - affine.zero_point
     low, high = (ones(end, codes.ndim, np.int64) for end in (used.min(), used.max()))
     return Coded(codes, ones(affine.scale, codes.ndim), low, high, affine.zero_point)
 
 
-def _narrow_root(line: Line, affine: Affine) -> tuple[Coded, Affine]:
-    """Return the argument in int8 codes, and their grid."""
+def _codes(root: Coded) -> tuple[jax.Array, np.ndarray]:
+    """Return int8 codes as places in a table, and the numbers that they stand for."""
+    every = np.arange(INT8[0], INT8[1] + 1) - root.zero_point
+    place = lax.convert_element_type(root.codes, jnp.int32) - np.int32(INT8[0])
+    return place, float(root.scale.max()) * every
+
+
+def _steps(line: Line, affine: Affine) -> tuple[jax.Array, np.ndarray]:
+    """Return sums as places in a table, over the range outside of which no code changes, and what is at the places."""
     root = line.root
-    if root.is_narrow and root.scale.size == 1:
-        zero = root.zero_point
-        return root, Affine(float(root.scale.max()), zero, int(root.low.min()) + zero, int(root.high.max()) + zero)
-    low, high = _changing(lambda x: affine.codes_of(_evaluate(line, x)), *root.ends)
-    spare = max(0.0, 254 * float(root.scale.min()) - (high - low)) / 2  # steps are no finer than the argument's own
-    low, high = low - spare, high + spare
-    scale = (high - low) / 254  # one step less than there are, as the zero point is rounded
-    grid = Affine(scale, INT8[0] - int(np.rint(low / scale)))
-    return narrowed(root, grid), grid
+    low, high = changing(lambda x: affine.codes_of(evaluate(line, x)), *root.ends)
+    farthest = max(abs(low), abs(high), 1e-30)
+    # No finer than the sum's own steps, and so that int32 holds them.
+    unit = max((high - low) / (STEPS - 1), float(root.scale.min()), farthest / 2**29)
+    first, last = math.floor(low / unit), math.ceil(high / unit)
+    place = rescaled(root, ones(unit, root.codes.ndim)).codes
+    place = lax.clamp(np.int32(first), place, np.int32(last)) - np.int32(first)
+    return place, unit * np.arange(first, last + 1)
 
 
-def _check_steps(line: Line, affine: Affine, grid: Affine, table: np.ndarray, few: int) -> None:
-    """Refuse a table that a function leaves between two steps of its argument, as a norm does near zero.
+def _check_steps(line: Line, affine: Affine, reals: np.ndarray, table: np.ndarray) -> None:
+    """Refuse a table that a function leaves between two steps of its argument."""
+    half = (reals[1] - reals[0]) / 2 if reals.size > 1 else 0.0
+    low, high = (float(end) for end in np.clip([reals[0] - half, reals[-1] + half], *line.root.ends))
+    points = np.linspace(low, high, POINTS)
+    steps = np.searchsorted(reals + half, points).clip(max=reals.size - 1)
+    check(line, lambda x: affine.codes_of(evaluate(line, x)), points, table[steps], steps, FEW)
 
-    Where a function jumps, as a sign does, no table follows it: that is at isolated points.
+
+def check(line: Line, of: Callable, points: np.ndarray, found: np.ndarray, steps: np.ndarray, few: int) -> None:
+    """Refuse what a function leaves by more than a few, as a norm does near zero.
+
+    of: the function, in steps of its result; found: what stands for it at the points; steps: of the argument, in which
+    the points are. Where a function jumps, as a sign does, nothing follows it: that is at isolated points.
     """
-
-    def codes(reals: np.ndarray) -> np.ndarray:
-        return affine.codes_of(_evaluate(line, reals))
-
-    ends = (grid.scale * (np.array(INT8) - grid.zero_point + np.array([-0.5, 0.5]))).clip(*line.root.ends)
-    points = np.linspace(ends[0], ends[1], POINTS)
-    steps = grid.codes_of(points) - INT8[0]
-    off = np.abs(codes(points) - table[steps])
+    off = np.abs(of(points) - found)
     bad = np.unique(steps[off > few])
-    if bad.size and (bad.size > JUMPS or np.any(_largest(off, steps, bad) > few + _jumps(codes, points, steps, bad))):
+    if bad.size and (bad.size > JUMPS or np.any(_largest(off, steps, bad) > few + _jumps(of, points, steps, bad))):
         raise Refusal(
-            f"takes {line.name} of a 32-bit sum, which changes too fast: 256 steps of the sum do not follow "
+            f"takes {line.name} of a 32-bit sum, which changes too fast for a table: its steps do not follow "
             f"it. Clip the sum to the range that matters, or round it to int8 with out= in its site's Scheme. {NORMS}"
         )
 
@@ -163,10 +173,10 @@ def _jumps(codes: Callable[[np.ndarray], np.ndarray], points: np.ndarray, steps:
     return np.abs(b - a)
 
 
-def _changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
+def changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
     """Return the part of a range outside of which codes do not change."""
     for _ in range(8):
-        points = _points(low, high)
+        points = points_of(low, high)
         seen = codes(points)
         differs = np.flatnonzero(seen != seen[0]), np.flatnonzero(seen != seen[-1])
         if not differs[0].size:
@@ -178,70 +188,7 @@ def _changing(codes: Callable[[np.ndarray], np.ndarray], low: float, high: float
     return low, high
 
 
-def _points(low: float, high: float) -> np.ndarray:
+def points_of(low: float, high: float) -> np.ndarray:
     """Return where a range is looked at, in order: evenly, and ever closer to zero."""
     near = np.geomspace(1e-6, 1.0, POINTS // 16) * max(abs(low), abs(high))
     return np.unique(np.concatenate([np.linspace(low, high, POINTS), near, -near, [0.0]]).clip(low, high))
-
-
-# --- functions that nobody has a grid for ----------------------------------------------------------------------------
-
-
-def made(value: Mapped) -> Coded:
-    """Return a function's codes on a grid of its own, where nobody who takes it has one.
-
-    What is proved of a sum is much wider than what it holds, so that 256 steps over all that a function might be would
-    be too coarse. A bounded function has a grid all the same; one that grows like a line on either side (GELU, SiLU,
-    ELU) is that line, in int32, plus a bounded rest, which is the table.
-    """
-    line = value.line
-    if (line.root.is_narrow and line.root.scale.size == 1) or _is_bounded(line):
-        return _on_own_grid(line)
-    left, right = _slopes(line)
-    rest = line._replace(of=lambda x: line.of(x) - left * jnp.minimum(x, 0) - right * jnp.maximum(x, 0))
-    if not _is_bounded(rest):
-        raise Refusal(
-            f"takes {line.name} of a 32-bit sum, for which no range is known, and which is neither bounded nor grows "
-            "like a line: have a site of the plan take it as it is, or bound it"
-        )
-    zero = Constant(np.zeros(()))
-    below = arithmetic.scaled(arithmetic.minimum(None, line.root, zero), np.array(left))
-    above = arithmetic.scaled(arithmetic.maximum(None, line.root, zero), np.array(right))
-    straight = arithmetic.add(None, below, above) if left and right else below if left else above
-    return arithmetic.add(None, straight, _on_own_grid(rest, SOME, _far(line) * 2.0**-25))
-
-
-def _on_own_grid(line: Line, few: int = FEW, finest: float = 0.0) -> Coded:
-    """Return a function's codes in 255 steps of what it may be; finest: the steps below which it is float rounding."""
-    low, high = _span(line)
-    scale = max((high - low) / 255, finest) or 1.0
-    return looked_up(line, Affine(scale, INT8[0] - int(np.rint(low / scale))), few)
-
-
-def _is_bounded(line: Line) -> bool:
-    """Tell whether a function reaches no more than twice as far over four times what its argument may be.
-
-    What is left of float rounding, beside the argument, does not count.
-    """
-    (low, high), further = _span(line), _span(line, 4)
-    noise = 1e-5 * _far(line)
-    return further[1] - further[0] <= 2 * (high - low) + noise
-
-
-def _span(line: Line, times: int = 1) -> tuple[float, float]:
-    """Return the smallest and the largest value of a function, zero included."""
-    low, high = line.root.ends
-    values = _evaluate(line, _points(times * low, times * high))
-    return min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-
-
-def _far(line: Line) -> float:
-    """Return the largest size of a function's argument."""
-    return max(map(abs, line.root.ends))
-
-
-def _slopes(line: Line) -> tuple[float, float]:
-    """Return how fast a function grows far to the left and far to the right."""
-    far = _far(line)
-    a, b, c, d = _evaluate(line, far * np.array([-2.0, -1.0, 1.0, 2.0]))
-    return float((b - a) / far), float((d - c) / far)
