@@ -13,7 +13,11 @@ import integers
 import jaxq
 from inspection import arrays, assert_bitwise, traced
 from jaxq.integer.audit import check, floats
+from jaxq.integer.interpret import RULES
+from jaxq.integer.moves import MOVES
+from jaxq.integer.tables import ELEMENTWISE
 from jaxq.integer.values import wide
+from jaxq.programs.floating import FORMS
 from random_nets import POLICIES, STATIC, Draw, Judge, Net, Step, drawn, grid
 from zoo import model
 
@@ -565,6 +569,38 @@ def test_all_problems_are_listed_at_once():
         "cumsum",
         "convert_element_type",
     ]
+
+
+def unformed(params, x):
+    h = jnp.sort(x @ params["w"]) + jnp.sort(params["w"])[:1]  # of which the second is computed ahead
+    h = lax.cond(h[0, 0] > 0, jnp.negative, jnp.abs, h)
+    with jax.named_scope("block"):
+        h = lax.fori_loop(0, 2, lambda i, h: jnp.cumsum(h, -1), h)
+    return h @ params["b"].T
+
+
+def test_plans_tell_what_has_no_integer_form():
+    plan = jaxq.make_plan(unformed, {"b": None, "*": jaxq.w8a8()})(LINEAR, jnp.ones((2, 4)))
+    with pytest.raises(ValueError) as caught:
+        plan.check(integer_only=True)
+    line = r" at test_integer.py:\d+:\d+ \(unformed.*"
+    wanted = [
+        "the plan fails its check:",
+        f"site 'w'{line}not fixed .*calibrate it",
+        f"site 'b'{line}stays float in the plan .by policy.",
+        f"sort{line}has no integer form",
+        f"cond{line}has no integer form",
+        f"cumsum{line}in block has no integer form",
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(wanted) and all(map(re.search, wanted, lines)), lines
+    assert jaxq.Plan.from_json(plan.to_json()).floats == plan.floats
+    f, static = (lambda p, x: jax.nn.gelu(x @ p["w"])), jaxq.w8a8(static=True)
+    jaxq.make_plan(f, static)(LINEAR, jnp.ones((2, 4))).check(integer_only=True)
+
+
+def test_forms_are_known_by_the_names_of_the_rules():
+    assert {p.name for p in (*RULES, *MOVES, *ELEMENTWISE, lax.split_p)} == FORMS
 
 
 def test_an_audit_finds_floats():

@@ -1,5 +1,6 @@
 """Labels for the leaves of a plan, by which optax trains each kind in its own way."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,4 +43,5 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
             return jax.tree.map(lambda _: fixed, leaf)
         return Parameters(jax.tree.map(lambda _: chosen[name], leaf.value), fixed)
 
-    return Plan(plan.decisions, tuple(tuple(labelled(name, leaf) for leaf in site) for name, site in pairs))
+    ranges = tuple(tuple(labelled(name, leaf) for leaf in site) for name, site in pairs)
+    return dataclasses.replace(plan, ranges=ranges)

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxq.decisions import plan_json, table
+from jaxq.decisions import integer_form, plan_json, table
 from jaxq.decisions.decision import Decision, Ranges
 from jaxq.numbers import calibrators
 from jaxq.numbers.calibrators import Leaf
+from jaxq.programs.floating import Floating
 from jaxq.programs.sites import Site
 
 
@@ -23,7 +24,8 @@ class Plan:
     """The decision for every matmul, convolution and embedding lookup of a program.
 
     ranges: for each decision, for each operand and then for a quantized output, the static `Range` (float32 arrays of
-    shape `site.stack`), the learned `Parameters`, or None. Printing it gives the table. Accepted wherever a policy is.
+    shape `site.stack`), the learned `Parameters`, or None; floats: other operations of the program that have no integer
+    form, for `check`. Printing it gives the table. Accepted wherever a policy is.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["up"]), {"up": jnp.ones((8, 4))}
@@ -34,17 +36,19 @@ class Plan:
 
     decisions: tuple[Decision, ...]
     ranges: Ranges
+    floats: tuple[Floating, ...] = ()
 
     def tree_flatten_with_keys(self):
         keys = [jax.tree_util.DictKey(d.site.name) for d in self.decisions]
-        return list(zip(keys, self.ranges, strict=True)), self.decisions
+        return list(zip(keys, self.ranges, strict=True)), (self.decisions, self.floats)
 
     def tree_flatten(self):
-        return self.ranges, self.decisions
+        return self.ranges, (self.decisions, self.floats)
 
     @classmethod
-    def tree_unflatten(cls, decisions, ranges):
-        return cls(decisions, tuple(ranges))
+    def tree_unflatten(cls, structure, ranges):
+        decisions, floats = structure
+        return cls(decisions, tuple(ranges), floats)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -75,13 +79,15 @@ class Plan:
         if self.decisions != other.decisions:
             raise ValueError("the plans were made for different programs or policies: merge parts of one calibration")
         pairs = zip(self.decisions, self.ranges, other.ranges, strict=True)
-        return Plan(self.decisions, tuple(_merged(decision, a, b) for decision, a, b in pairs))
+        return dataclasses.replace(self, ranges=tuple(_merged(decision, a, b) for decision, a, b in pairs))
 
-    def check(self, *, quantized: bool = False, observed: bool = False) -> "Plan":
+    def check(self, *, quantized: bool = False, observed: bool = False, integer_only: bool = False) -> "Plan":
         """Return the plan, or raise `ValueError` naming every site that fails.
 
         quantized: every site that could have a scheme has one (those with an obstacle, such as derived weights and
-        backward passes, aside); observed: every static range has seen data.
+        backward passes, aside); observed: every static range has seen data; integer_only: everything has an integer
+        form, as far as can be told without weights, of which `jaxq.integer` has the last word. What has none is named,
+        with its line, and the scope or the site that it is in.
         """
         problems = []
         if quantized:
@@ -89,6 +95,10 @@ class Plan:
             problems += [f"  {d.site.name} stays float: {d.reason}" for d in skipped]
         if observed:
             problems += [f"  {name} has no observed range: run jaxq.calibrate" for name in self.unobserved()]
+        if integer_only:
+            sites = [(d.site, integer_form.problem(d)) for d in self.decisions if not d.site.obstacle]
+            problems += [f"  site '{site.name}'{_at(site)} {problem}" for site, problem in sites if problem]
+            problems += [f"  {floating} has no integer form" for floating in self.floats]
         if problems:
             raise ValueError("the plan fails its check:\n" + "\n".join(problems))
         return self
@@ -106,7 +116,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text; `Plan.from_json` gives it back, equal."""
-        return plan_json.dump(self.decisions, self.ranges)
+        return plan_json.dump(self.decisions, self.ranges, self.floats)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -128,6 +138,10 @@ class Plan:
 
     def __str__(self) -> str:
         return table.render([_row(d) for d in self.decisions], _summary(self))
+
+
+def _at(site: Site) -> str:
+    return f" at {site.source}" if site.source else ""
 
 
 def _merged(decision: Decision, a: tuple, b: tuple) -> tuple[Leaf | None, ...]:

@@ -17,6 +17,7 @@ from jaxq.numbers.fits import Fit
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.numbers.scaling import Scaling
 from jaxq.programs import soundness
+from jaxq.programs.floating import Floating
 from jaxq.programs.sites import Operand, Site
 
 VERSION = 2
@@ -24,7 +25,7 @@ RULES = tuple(rule for kind in (Calibrator, Estimator, Fit, Scaling) for rule in
 TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
 
 
-def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:
+def dump(decisions: tuple[Decision, ...], ranges: Ranges, floats: tuple[Floating, ...]) -> str:
     """Return the JSON text of a plan. Raises `TypeError` while its ranges are being traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ranges)):
         raise TypeError("a plan is written with the values of its ranges: call to_json() outside jit")
@@ -32,23 +33,34 @@ def dump(decisions: tuple[Decision, ...], ranges: Ranges) -> str:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(site)):
             raise ValueError(f"the range of site '{decision.site.name}' is not finite: calibrate on data without NaN")
     numbers = [[r and jax.tree.map(lambda a: np.asarray(a, np.float32).tolist(), r) for r in site] for site in ranges]
-    return json.dumps({"jaxq_plan": VERSION, "decisions": spec.encode(decisions), "ranges": numbers})
+    parts = {"decisions": spec.encode(decisions), "ranges": numbers, "floats": spec.encode(floats)}
+    return json.dumps({"jaxq_plan": VERSION, **parts})
 
 
-def load(text: str) -> tuple[tuple[Decision, ...], Ranges]:
-    """Return decisions and ranges from the JSON text of a plan; raise `ValueError` saying what is wrong with it."""
+def load(text: str) -> tuple[tuple[Decision, ...], Ranges, tuple[Floating, ...]]:
+    """Return the parts of a plan from its JSON text; raise `ValueError` saying what is wrong with it."""
     try:
         data = json.loads(text, parse_constant=_refuse)
         if not isinstance(data, dict) or data.get("jaxq_plan") != VERSION:
             raise ValueError(f"expected jaxq_plan version {VERSION}")
         decisions = spec.decode(data["decisions"], TYPES)
         _check(decisions, most=len(text))
+        floats = _read_floats(data.get("floats", []))
         blank = tuple(blank_ranges(decision) for decision in decisions)
         ranges = _filled(blank, data["ranges"])
         _check_shapes(decisions, blank, ranges)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError, MemoryError) as error:
         raise ValueError(f"this is not the JSON of a jaxq plan: {error}") from error
-    return decisions, ranges
+    return decisions, ranges, floats
+
+
+def _read_floats(value: Any) -> tuple[Floating, ...]:
+    floats = spec.decode(value, {"Floating": Floating})
+    if not isinstance(floats, tuple) or not all(isinstance(f, Floating) for f in floats):
+        raise ValueError("'floats' is not a list of operations")
+    for floating in floats:
+        spec.check_types(floating)
+    return floats
 
 
 def _refuse(constant: str):

@@ -201,7 +201,8 @@ def revise(plan: Plan, changes: Policy) -> Plan:
     outputs = {decision.site.name: decision.out for decision in changed}
     decisions = tuple(_relinked(decision, outputs) for decision in changed)
     pairs = zip(plan.decisions, decisions, plan.ranges, strict=True)
-    return Plan(decisions, tuple(_kept_ranges(old, new, ranges) for old, new, ranges in pairs))
+    ranges = tuple(_kept_ranges(*three) for three in pairs)
+    return dataclasses.replace(plan, decisions=decisions, ranges=ranges)
 
 
 def _changed(old: Decision, choice: Choice) -> Decision:

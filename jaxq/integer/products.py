@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.decisions import integer_form
 from jaxq.decisions.decision import Decision
 from jaxq.integer import embedding, tables
 from jaxq.integer.scales import narrowed
@@ -22,10 +23,8 @@ from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.numbers import affine as numbers
 from jaxq.numbers.calibrators import Leaf
-from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.qarray import QArray
 from jaxq.numbers.quantizers import Quantizer
-from jaxq.numbers.rounding import NearestAway, NearestEven, Saturate, Stochastic
 from jaxq.programs.ops import Conv, Dot, Embedding
 from jaxq.programs.sites import Located, Path
 
@@ -63,30 +62,7 @@ class Job:
     @functools.cached_property
     def obstacle(self) -> str:
         """Why this site has no integer form, and what would make one; empty if it has."""
-        site, decision = self.item.site, self.decision
-        if decision.scheme is None:
-            return f"stays float in the plan ({decision.reason}): give it a scheme such as jaxq.w8a8(static=True)"
-        if not isinstance(self.item.op, Dot | Conv | Embedding):
-            return f"has no integer form yet: {site.op}"
-        if isinstance(self.item.op, Embedding) and decision.out is not None:
-            return "rounds the rows it looks up: drop out= from its Scheme, for the sites that take the rows round them"
-        faults = (self._fault(n, quantizer) for n, quantizer in enumerate(decision.quantizers))
-        fault = next(filter(None, faults), "")
-        if not fault and decision.out is not None and not _is_fixed_grid(decision.out):
-            return f"puts out {decision.out!r}: use int8(per_tensor=True, calibrator=jaxq.minmax()) in Scheme(out=)"
-        return fault
-
-    def _fault(self, number: int, quantizer: Quantizer | None) -> str:
-        if quantizer is None or not quantizer.integer:
-            return f"takes operand {number} in {quantizer or 'float'}: only integers of up to 8 bits multiply"
-        if number == self.item.weight:
-            return "" if quantizer.symmetric else "has a weight with zero points: use a symmetric quantizer"
-        if _is_fixed_grid(quantizer):
-            return ""
-        return (
-            f"takes operand {number} on a grid that is not fixed ({quantizer!r}): use one with a static scale, rounded "
-            "to nearest and saturated, such as of jaxq.w8a8(static=True), and calibrate it"
-        )
+        return integer_form.problem(self.decision)
 
     def coded(self, number: int, x: Value) -> Coded:
         """Return an operand in int8 codes on its grid; a weight as it was converted."""
@@ -165,18 +141,6 @@ def _plain(x: Value) -> jax.Array:
     if not isinstance(x, Plain):
         raise Refusal("looks up by what is no integer of the program")
     return x.array
-
-
-def _is_fixed_grid(quantizer: Quantizer) -> bool:
-    """Tell whether a quantizer has one grid of int8 codes for all data, rounds to nearest and saturates."""
-    form = quantizer.format
-    if isinstance(form, Fixed):
-        return (
-            form.integer
-            and isinstance(form.rounding, NearestEven | NearestAway | Stochastic)
-            and isinstance(form.overflow, Saturate)
-        )
-    return quantizer.static and quantizer.per_tensor and isinstance(form, Int) and form.integer
 
 
 def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Coded:

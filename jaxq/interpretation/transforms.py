@@ -6,6 +6,7 @@ it outside `jit` does not analyse the program again. Inside `jit`, `grad`, `vmap
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import weakref
@@ -188,7 +189,8 @@ def make_plan(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: Argnums 
     def planned(*args, **kwargs) -> Plan:
         layout, leaves = take_apart(args, kwargs, argnums)
         program = load(f, layout, leaves, policy)
-        return resolve.connected(program.decisions, program.ranges)
+        plan = resolve.connected(program.decisions, program.ranges)
+        return dataclasses.replace(plan, floats=program.analysis.floats)
 
     return planned
 
@@ -307,4 +309,4 @@ def updated(plan: Plan, seen: dict[str, tuple[Range | None, ...]]) -> Plan:
         news = seen.get(decision.site.name, (None,) * len(olds))
         triples = zip(decision.ranged, olds, news, strict=True)
         ranges.append(tuple(old if new is None else calibrators.update(q, old, new) for q, old, new in triples))
-    return Plan(plan.decisions, tuple(ranges))
+    return dataclasses.replace(plan, ranges=tuple(ranges))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxq.programs import batchnorm, jaxpr, ops
+from jaxq.programs.floating import Floating, floating
 from jaxq.programs.jaxpr import Body
 from jaxq.programs.provenance import CONSTANT, DATA, NONE, Around, Found, Value, flow, parameter
 from jaxq.programs.sites import Feed, Located, Operand, Path, Site
@@ -31,9 +32,10 @@ class CoverageError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The sites of a program in program order."""
+    """The sites of a program in program order; floats: what else has no integer form, if that was looked for."""
 
     located: tuple[Located, ...]
+    floats: tuple[Floating, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -45,7 +47,7 @@ def analyze(body: Body, leaves: Sequence[int | None], names: Names, shown: bool 
     """Find every site of a program.
 
     leaves: for each argument the index of the parameter leaf it is, or None for data; names: the leaves' tree paths;
-    shown: look up what only plans show, which is slow: source lines and BatchNorms.
+    shown: look up what only plans keep, which is slow: source lines, BatchNorms, what has no integer form.
     Raises `CoverageError` naming each matmul or convolution that was not reached.
     """
     found: list[Found] = []
@@ -56,7 +58,10 @@ def analyze(body: Body, leaves: Sequence[int | None], names: Names, shown: bool 
     flow(body, args, (), Around(), found.append, constant)
     _audit(body, found)
     located = _locate(found, names)
-    return Analysis(_shown(body, leaves, located, found) if shown else located)
+    if not shown:
+        return Analysis(located)
+    sites = frozenset(item.path for item in located)
+    return Analysis(_shown(body, leaves, located, found), floating(body, (i is None for i in leaves), sites))
 
 
 def _shown(body: Body, leaves: Sequence[int | None], located: tuple[Located, ...], found: list[Found]) -> tuple:
