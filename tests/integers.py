@@ -146,13 +146,16 @@ def conv(x, w, scale, grid, *, strides, padding, groups):
 
 
 def plus(v, c):
-    """v + c, the constant rounded to the scale of v."""
-    v = refined(v)
-    steps = np.rint(c / v.scale)
-    if (v.reach + np.abs(c / v.scale)).max() > INT32[1]:
+    """v + c, the constant rounded to the scale of v, in steps finer by as many of 16 bits as thirty have room for."""
+    total = float((v.reach + np.abs(c / v.scale)).max())
+    if total > INT32[1]:
         v = rescaled(v, same(power_above(float((v.reach * v.scale + np.abs(c)).max()) / 2**30), v.codes.ndim))
-        steps = np.rint(c / v.scale)
-    steps = steps.astype(np.int64)
+    else:
+        bits = 0
+        while bits < 16 and total * 2 ** (bits + 1) <= 2**30:
+            bits += 1
+        v = Held(v.codes << bits, v.scale / 2**bits, v.low << bits, v.high << bits)
+    steps = np.rint(c / v.scale).astype(np.int64)
     return held(v.codes + steps, v.scale, v.low + steps, v.high + steps)
 
 

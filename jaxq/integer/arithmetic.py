@@ -1,7 +1,7 @@
 """Sums, products with constants and with one another, maxima and comparisons, element by element.
 
-A constant factor goes into the scale, its sign into the codes; a constant summand is rounded to the sum's own scale. So
-a BatchNorm after a convolution *is* folded: two additions in int32 for each element, nothing else.
+A constant factor goes into the scale, its sign into the codes; a constant summand is rounded to the sum's own scale, or
+to one of up to 2^16 finer steps. So a BatchNorm after a convolution *is* folded: a shift and an addition in int32.
 """
 
 import dataclasses
@@ -40,14 +40,16 @@ SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
 
 
 def _plus(v: Coded, c: Constant) -> Coded:
-    """v + c."""
-    v, reals = refined(v), finite(c)
+    """v + c, in finer steps where thirty bits have room for them, so that the constant is hardly rounded."""
+    v, reals = widened(v), finite(c)
     largest = float(np.max(np.abs(reals), initial=0.0))
     if largest > FAR * max(1.0, v.real_reach):
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
-    if np.max(v.reach + np.abs(reals / v.scale)) > INT32[1]:
-        total = float(np.max(v.reach * v.scale + np.abs(reals)))
-        v = coarser(v, power_above(total / ROOM))
+    total = float(np.max(v.reach + np.abs(reals / v.scale)))
+    if total > INT32[1]:
+        v = coarser(v, power_above(float(np.max(v.reach * v.scale + np.abs(reals))) / ROOM))
+    else:
+        v = shifted(v, int(np.clip(math.floor(math.log2(ROOM / total)), 0, FRACTION)))
     steps = constant(c, v)
     return wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
 
