@@ -216,6 +216,13 @@ def flatten(v):
     return Held(v.codes.reshape(v.codes.shape[0], -1), same(v.scale.max(), 2), *ends, v.narrow)
 
 
+def upsampled(v):
+    """Every pixel four times, at one scale."""
+    v = uniform(v)
+    ends = [same(end, 4) for end in (v.low.min(), v.high.max())]
+    return Held(v.codes.repeat(2, 1).repeat(2, 2), v.scale, *ends, v.narrow)
+
+
 def table(v, grid, f, wanted):
     """Look up f of an int8 value, of grid `grid`, in the codes of the grid `wanted`."""
     codes = np.arange(-128, 128)

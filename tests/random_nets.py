@@ -69,6 +69,12 @@ def _branch(steps, p, x):
     return x
 
 
+def _upsampled(x):
+    """Return images of twice the size, every pixel four times."""
+    n, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
 STEPS = {
     "conv": _conv,
     "dense": lambda name, more, p, x: x @ p[name],
@@ -81,7 +87,9 @@ STEPS = {
     "mean": lambda name, more, p, x: jnp.mean(x, (1, 2)),
     "flatten": lambda name, more, p, x: x.reshape(x.shape[0], -1),
     "residual": lambda name, more, p, x: x + _branch(more, p, x),
+    "projected": lambda name, more, p, x: _branch(more[0], p, x) + _branch(more[1], p, x),
     "concat": lambda name, more, p, x: jnp.concatenate([x, _branch(more, p, x)], -1),
+    "upsample": lambda name, more, p, x: _upsampled(x),
 }
 
 
@@ -142,11 +150,10 @@ class Judge:
         if step.kind == "norm":
             mean, gain, shift = (self.constant(f"{name}_{part}", v) for part in ("mean", "gain", "shift"))
             return integers.plus(integers.times(integers.plus(v, -mean), gain), shift)
+        if step.kind == "projected":
+            return integers.add(*(self.branch(steps, v) for steps in more))
         if step.kind in ("residual", "concat"):
-            branch = v
-            for inner in more:
-                branch = self.step(inner, branch)
-            return (integers.add if step.kind == "residual" else integers.concatenate)(v, branch)
+            return (integers.add if step.kind == "residual" else integers.concatenate)(v, self.branch(more, v))
         return {
             "bias": lambda: integers.plus(v, self.constant(name, v)),
             "relu": lambda: integers.clamped(v, np.maximum, 0.0),
@@ -155,7 +162,13 @@ class Judge:
             "avg_pool": lambda: integers.times(integers.sum_pool(v, 2), np.array(0.25)),
             "mean": lambda: integers.mean_over_space(v),
             "flatten": lambda: integers.flatten(v),
+            "upsample": lambda: integers.upsampled(v),
         }[step.kind]()
+
+    def branch(self, steps, v):
+        for step in steps:
+            v = self.step(step, v)
+        return v
 
 
 # --- drawn -----------------------------------------------------------------------------------------------------------
@@ -172,11 +185,11 @@ class Draw:
     def some(self, name, *shape, scale=1.0, mean=0.0):
         self.params[name] = jnp.asarray(self.rng.normal(mean, scale, shape), jnp.float32)
 
-    def conv(self, outputs, *, keep=False, groups=None):
+    def conv(self, outputs, *, keep=False, groups=None, size=None, stride=None):
         h, w, c = self.shape
-        size = int(self.rng.choice([1, 3]))
+        size = size or int(self.rng.choice([1, 3]))
         groups = groups or (c if outputs == c and c > 1 and self.rng.random() < 0.3 else 1)
-        stride = 1 if keep or min(h, w) < 4 else int(self.rng.integers(1, 3))
+        stride = stride or (1 if keep or min(h, w) < 4 else int(self.rng.integers(1, 3)))
         side = size // 2 if keep or min(h, w) < size else int(self.rng.integers(0, size // 2 + 1))
         name = f"conv{len(self.params)}"
         self.some(name, size, size, c // groups, outputs, scale=(size * size * c / groups) ** -0.5)

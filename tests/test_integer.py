@@ -74,10 +74,48 @@ def mobilenet(draw):
     return [*steps, Step("mean"), draw.dense(5)]
 
 
+def resnet18(draw):
+    """A stem and four stages of two blocks, the first of each of twice the width and half the size; BatchNorms."""
+    draw.shape = (8, 8, 3)
+    steps = [draw.conv(4, keep=True, size=3), draw.norm(), Step("relu")]
+    for stage in range(4):
+        for block in range(2):
+            start, width, stride = draw.shape, 4 + 2 * stage, 2 if stage and not block else 1
+            first = [draw.conv(width, keep=True, groups=1, size=3, stride=stride), draw.norm(), Step("relu")]
+            long = [*first, draw.conv(width, keep=True, groups=1, size=3), draw.norm()]
+            if draw.shape == start:
+                steps.append(Step("residual", "", long))
+            else:
+                draw.shape = start
+                short = [draw.conv(width, keep=True, groups=1, size=1, stride=stride), draw.norm()]
+                steps.append(Step("projected", "", (long, short)))
+            steps.append(Step("relu"))
+    draw.shape = draw.shape[2:]
+    return [*steps, Step("mean"), draw.dense(5)]
+
+
+def unet(draw):
+    """Two levels down and up again, each beside what was at its size before; a number for each pixel."""
+    draw.shape = (8, 8, 3)
+
+    def convs(width):
+        return [draw.conv(width, keep=True, groups=1, size=3), draw.channels(), Step("relu")]
+
+    def level(width, below):
+        before = convs(width)
+        h, w, _ = draw.shape
+        draw.shape = (h // 2, w // 2, width)
+        inner = [Step("max_pool"), *below(), Step("upsample")]
+        draw.shape = (h, w, width + draw.shape[2])
+        return [*before, Step("concat", "", inner), *convs(width)]
+
+    return [*level(4, lambda: level(6, lambda: convs(8))), draw.conv(2, keep=True, groups=1, size=1)]
+
+
 def built(steps, seed):
     draw = Draw(seed)
     listed = steps(draw)
-    shapes = {mlp: (12,), lenet: (12, 12, 1), mobilenet: (8, 8, 3)}
+    shapes = {mlp: (12,), lenet: (12, 12, 1), mobilenet: (8, 8, 3), resnet18: (8, 8, 3), unet: (8, 8, 3)}
     return Net(listed, draw.params, jnp.asarray(draw.rng.normal(size=(3, *shapes[steps])), jnp.float32))
 
 
@@ -86,6 +124,8 @@ CASES = {
     "lenet": (lambda: built(lenet, 1), POLICIES[3]),
     "mobilenet": (lambda: built(mobilenet, 2), POLICIES[2]),
     "concat": (lambda: drawn(10), POLICIES[4]),
+    "resnet18": (lambda: built(resnet18, 3), POLICIES[1]),
+    "unet": (lambda: built(unet, 4), POLICIES[1]),
 }
 
 
