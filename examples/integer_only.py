@@ -1,67 +1,61 @@
-"""Run trained models in integers alone, from the quantized input to the logits, and compare them with their floats.
+"""Run trained models in integers alone, from the codes of their inputs to the logits: no float operation in between.
 
-    python examples/integer_only.py --task digits                       # trains a small float model first
+    python examples/integer_only.py                                    # digits, a CNN and an LSTM, half a minute
     python examples/integer_only.py --task resnet20,rows --data DIR --models FOLDER --out examples/results
 
-Post-training: static ranges from the first images of the training set, nothing else is learned. `--models` is a folder
-that `low_bits.py --out FOLDER` left its float models in; what is not there is trained. For each model: accuracy in
-float, in int8 with float between the products (`jaxq.quantize`), and in integers alone (`jaxq.integer`), which holds no
-float operation; on how many images the two agree; and times of a batch, taken in turns.
+The models are those of `low_bits.py`, trained in float; `--models` is a folder that it left them in, and what is not
+there is trained. Nothing is learned after that: static ranges come from the first images of the training set. It ends
+in a table of three programs for each model, in float, of the plan with float between its sites (`jaxq.quantize`), and
+in integers (`jaxq.integer`): accuracy, on how many images the last two agree, and latency.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 import jaxq
 from low_bits import SAMPLES, TASKS, Data, Run, accuracy, bytes_of, float_model, logits_of, real, trainers
+from train_qat import median_seconds
 
-BATCH, BLOCKS = 64, 15
+BATCH, TRAINED = 64, 128  # images at a time, when served and when trained
 POLICY = jaxq.w8a8(static=True, symmetric=False)
 
 
 class Result(NamedTuple):
-    """Accuracies and agreement from 0 to 1; seconds of a batch in float, int8 with floats between, integers."""
+    """Of the program in float, of that with float between its sites, and of that in integers: accuracies from 0 to 1,
+    seconds of a batch. agreement: of the last two."""
 
     task: str
-    accuracies: tuple[float, float, float]
+    accuracies: tuple[float, ...]
     agreement: float
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, ...]
 
 
-def in_turns(programs: Sequence[Any], x: jax.Array) -> tuple[float, ...]:
-    """Return the median time of every program, one block of calls after the other."""
-    times: list[list[float]] = [[] for _ in programs]
-    for _ in range(BLOCKS):
-        for program, own in zip(programs, times, strict=True):
-            start = time.perf_counter()
-            for _ in range(3):
-                jax.block_until_ready(program(x))
-            own.append((time.perf_counter() - start) / 3)
-    return tuple(median(own) for own in times)
-
-
-def compare(task: str, data: Data, options: argparse.Namespace) -> Result:
-    """Return what a task's model does in float, in int8, and in integers."""
-    trainer = trainers(task, "8", len(data.train_x) // 128, (options.epochs, 1, 128))[0]
+def compare(task: str, data: Data, epochs: int, models: Path | None) -> Result:
+    """Return what a task's model does in float, with floats between its sites, and in integers."""
+    trainer = trainers(task, "8", len(data.train_x) // TRAINED, (epochs, 1, TRAINED))[0]
     keys = jax.random.split(jax.random.key(0), 3)
-    variables, _ = float_model(trainer, Run(task, "8", 0), data, keys, options.models)
+    variables, _ = float_model(trainer, Run(task, "8", 0), data, keys, models)
     samples = real(data.train_x[:SAMPLES])
     plan = jaxq.calibrate(trainer.predict, POLICY)(variables, [samples])
     converted = jaxq.convert(trainer.predict, plan)(variables, samples)
     integers = jaxq.integer(trainer.predict, plan)(converted, samples)
-    programs = [jax.jit(trainer.predict), jax.jit(jaxq.quantize(trainer.predict, plan)), jax.jit(integers)]
-    calls = [partial(programs[0], variables), partial(programs[1], converted), programs[2]]
-    logits = [logits_of(lambda _, x, call=call: call(x), None, data) for call in calls]
-    agreement = float(np.mean(logits[1].argmax(-1) == logits[2].argmax(-1)))
-    return Result(task, tuple(accuracy(out, data) for out in logits), agreement, in_turns(calls, samples[:BATCH]))
+    programs = [
+        (jax.jit(trainer.predict), variables),
+        (jax.jit(jaxq.quantize(trainer.predict, plan)), converted),
+        (jax.jit(lambda _, x: integers(x)), None),
+    ]
+    logits = [logits_of(*program, data) for program in programs]
+    return Result(
+        task,
+        tuple(accuracy(out, data) for out in logits),
+        float(np.mean(logits[1].argmax(-1) == logits[2].argmax(-1))),
+        tuple(median_seconds(programs, samples[:BATCH])),
+    )
 
 
 HEADER = (
@@ -83,7 +77,7 @@ def row(result: Result) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--task", default="digits", help=f"some of {','.join(TASKS)}; default: digits")
+    option("--task", default="digits,digits_rows", help=f"some of {','.join(TASKS)}; default: digits,digits_rows")
     option("--data", type=Path, metavar="DIR", help="folder with the files of the datasets; not needed for digits")
     option("--models", type=Path, metavar="FOLDER", help="where float models are, or are left")
     option("--epochs", type=int, default=6, metavar="N", help="of training in float; default: 6")
@@ -97,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     tasks = options.task.split(",")
     if unknown := set(tasks) - set(TASKS):
         parser().error(f"--task: no {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
-    results = [compare(task, bytes_of(TASKS[task].dataset, options.data), options) for task in tasks]
+    data = {name: bytes_of(name, options.data) for name in dict.fromkeys(TASKS[task].dataset for task in tasks)}
+    results = [compare(task, data[TASKS[task].dataset], options.epochs, options.models) for task in tasks]
     lines = [
         f"jaxq {jaxq.__version__}, JAX {jax.__version__}, {jax.devices()[0].device_kind}; accuracy on the test set and "
-        f"agreement in percent, points: integers alone less float; times of {BATCH} images, medians of {BLOCKS} blocks "
-        "in turns.",
+        f"agreement in percent, points: integers alone less float; times of {BATCH} images, medians, in turns.",
         "",
         HEADER,
         *map(row, results),

@@ -34,6 +34,7 @@ from low_bits_models import ConvNet, Perceptron, ResNet20, Rows, sign_like
 from train_qat import all_logits, cross_entropy
 
 RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
+HIGH_RATE = 1e-3  # in QAT, of a model that is not done with training
 SAMPLES = 256  # that learned steps start from
 SHIFT = 4  # pixels that an augmented image is moved by, at most
 
@@ -67,13 +68,14 @@ def policy_of(bits: str, first: str | None) -> dict[str, Any]:
 
 
 class Task(NamedTuple):
-    """A dataset, a model of an activation function, the name of its first layer, what it is trained at."""
+    """A dataset, a model of an activation function, the name of its first layer, what it is trained at, and how."""
 
     dataset: str
     model: Callable[[Callable], nn.Module]
     first: str | None
     bits: tuple[str, ...]
     augmented: bool = False
+    qat_rate: float = QAT_RATE
 
 
 CONV = (ConvNet, "conv_0", ("8", "4", "2", "1"))
@@ -85,7 +87,7 @@ TASKS = {
     "lenet": Task("mnist", partial(Perceptron, widths=(300, 100), normalized=False), "dense_0", ("k-means 32",)),
     "rows": Task("mnist", Rows, None, ("8", "4")),
     "digits_rows": Task("digits", Rows, None, ("8", "4")),
-    "resnet20": Task("cifar10", ResNet20, "stem", ("4", "3", "2"), augmented=True),
+    "resnet20": Task("cifar10", ResNet20, "stem", ("4", "3", "2"), augmented=True, qat_rate=HIGH_RATE),
 }
 
 
@@ -218,14 +220,14 @@ def trainers(task: str, bits: str, steps: int, options: tuple[int, int, int]) ->
     """Return how the float and the quantized model are trained, and what makes a plan: one of each for all seeds."""
     epochs, qat_epochs, batch = options
     signs = bits == "1"
-    _, make, first, _, augmented = TASKS[task]
+    _, make, first, _, augmented, qat_rate = TASKS[task]
     # Signs are another model than ReLUs: trained from the start, for as long as both trainings of the others.
     after = Trainer(
         make(sign_like if signs else nn.relu),
         qat_epochs + signs * epochs,
         steps,
         batch,
-        RATE if signs else QAT_RATE,
+        RATE if signs else qat_rate,
         augmented,
     )
     before = Trainer(make(nn.relu), epochs, steps, batch, RATE, augmented)

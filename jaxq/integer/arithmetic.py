@@ -98,6 +98,7 @@ def mul(eqn: Eqn, a, b) -> Coded:
     reach = float(a.reach.max()) * float(b.reach.max())
     down = max(0, math.ceil(math.log2(reach / ROOM)))
     codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
+    codes = lax.optimization_barrier(codes)  # computed once, however many read it
     end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
     return wide(codes, a.scale * b.scale * 2.0**down, -end, end)
 

@@ -76,10 +76,12 @@ def _of_sums(line: Line, scale: float, few: int) -> Coded:
     values = _steps(line, scale, nodes)
     _check_lines(line, nodes, values, scale, few)
     place = rescaled(line.root, ones(unit, line.root.codes.ndim)).codes
+    # Computed once: XLA would do it again for each of the three that read it.
     place = lax.clamp(np.int32(first), place, np.int32(first + (count << BITS))) - np.int32(first)
+    place = lax.optimization_barrier(place)
     segment = lax.min(place >> BITS, np.int32(count - 1))
     rise = _taken(np.diff(values), segment) * (place - (segment << BITS))
-    codes = _taken(values, segment) + ((rise + (1 << (BITS - 1))) >> BITS)
+    codes = lax.optimization_barrier(_taken(values, segment) + ((rise + (1 << (BITS - 1))) >> BITS))
     return _between(codes, scale, values)
 
 
