@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.reductions import sums_of_words
+from jaxq.integer.reductions import largest, sums_of_words
 from jaxq.integer.scales import refined, uniform, within
 from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
 
@@ -61,12 +61,12 @@ def normalized(v: Coded, axes: Sequence[int], *, centered: bool, epsilon: float)
         raise Refusal(f"is a norm over {count} numbers: up to {LONGEST} have an integer form")
     v = within(refined(uniform(v)), 2**30 - 1)
     codes = v.codes - mean(v.codes, axes) if centered else v.codes
-    largest = jnp.max(lax.abs(codes), tuple(axes), keepdims=True)
+    reach = largest(lax.abs(codes), axes)
     added = epsilon / float(v.scale.max()) ** 2
     least = max(0, math.ceil(math.log2(added) / 2)) if added else 0
     if least > 31:
         raise Refusal(f"is a norm beside whose epsilon, {epsilon:.3g}, its operand is nothing: use a smaller one")
-    length = jnp.maximum(32 - lax.clz(largest), least)
+    length = jnp.maximum(32 - lax.clz(reach), least)
     short = _to_length(codes, length)
     # Two sums of fourteen bits each, put together without the last bits, so that int32 holds it.
     down = max(0, math.ceil(math.log2(count)) - 2)

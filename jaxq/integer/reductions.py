@@ -18,6 +18,10 @@ from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
 
+# Integers that a vector holds.
+LANES = 8
+
+
 def _even(v: Coded, axes: Sequence[int]) -> Coded:
     """Return the same values with one scale along some axes."""
     return uniform(v) if any(v.scale.shape[a] > 1 for a in axes) else v
@@ -39,8 +43,27 @@ def total(eqn: Eqn, x: Coded) -> Coded:
 def sums_of_words(codes: jax.Array, bits: int, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """Return the sums over axes, kept as ones, of what is above the last `bits` of int32 codes, and of those bits."""
     words = (codes >> bits, codes & (2**bits - 1))
-    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in words)
+    folded = (_folded(word, axes, lax.add) for word in words)
+    high, low = (jnp.sum(x, tuple(axes), keepdims=True, dtype=jnp.int32) for x in folded)
     return high, low
+
+
+def largest(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Return the largest of integers over axes, kept as ones."""
+    return jnp.max(_folded(codes, axes, lax.max), tuple(axes), keepdims=True)
+
+
+def _folded(codes: jax.Array, axes: Sequence[int], join: Callable) -> jax.Array:
+    """Return codes of which one half of the last axis is joined with the other, again and again.
+
+    XLA's CPU compiler has vectors for that, and hardly any for a reduction along the axis in which numbers are next to
+    each other.
+    """
+    last = codes.ndim - 1
+    while last in axes and isinstance(n := codes.shape[last], int) and n % 2 == 0 and n > LANES:
+        halves = (lax.slice_in_dim(codes, start, start + n // 2, axis=last) for start in (0, n // 2))
+        codes = join(*halves)
+    return codes
 
 
 def _over(end: np.ndarray, v: Coded, axes: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.arithmetic import scaled
-from jaxq.integer.reductions import sums_of_words
+from jaxq.integer.reductions import largest, sums_of_words
 from jaxq.integer.scales import rescaled, uniform, within
 from jaxq.integer.values import INT32, Coded, Refusal, ones, wide
 
@@ -46,12 +46,13 @@ def softmax(v: Coded, slope: float, axes: Sequence[int]) -> Coded:
         raise Refusal(f"is a softmax of {count} numbers: up to {LONGEST} have an integer form")
     far = v.far * abs(slope)
     v = within(uniform(scaled(v, np.array(slope))), 2**30 - 1)
-    below = v.codes - jnp.max(v.codes, tuple(axes), keepdims=True)
+    below = v.codes - largest(v.codes, axes)
     reach = ones(2 * int(v.reach.max()), below.ndim, np.int64)
     exponents = rescaled(wide(below, v.scale * math.log2(math.e), -reach, 0 * reach), ones(2.0**-FRACTION, below.ndim))
     powers = exp2(exponents.codes, BITS)
     if far < math.inf:
         powers = _hidden(powers, v.codes, int(far / v.scale.max()), axes)
+    powers = lax.optimization_barrier(powers)  # computed once, for two sums and the result
     # Two sums of fifteen bits each, put together without the bits that a sum of so many has no room for.
     spare = max(0, math.ceil(math.log2(max(count, 1))))
     high, low = sums_of_words(powers, 15, axes)
