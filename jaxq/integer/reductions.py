@@ -17,7 +17,6 @@ from jaxq.integer.values import INT32, Coded, Plain, Refusal, Value, wide
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
 
-
 # Integers that a vector holds.
 LANES = 8
 
