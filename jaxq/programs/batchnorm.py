@@ -9,12 +9,13 @@ import collections
 import enum
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, Branches, Eqn, Loop, Opaque, While
+from jaxq.programs.jaxpr import Body, Eqn
 from jaxq.programs.sites import Path
+from jaxq.programs.walk import Walk
 
 FOLDS = "BatchNorm folds"
 STAYS = "BatchNorm does not fold: "
@@ -52,48 +53,24 @@ def notes(body: Body, is_parameter: Iterable[bool], sites: frozenset[Path]) -> d
     """
     found: Notes = collections.defaultdict(list)
     args = [PARAMETERS if own else None for own in is_parameter]
-    _Walk(sites, found).through(body, args, ())
+    _Walk(sites, found).through(body, args)
     return {site: tuple(dict.fromkeys(words)) for site, words in found.items()}
 
 
-class _Walk(NamedTuple):
-    sites: frozenset[Path]
-    found: Notes
+class _Walk(Walk):
+    constant = PARAMETERS
 
-    def through(self, body: Body, args: Iterable[Way | None], path: Path) -> list[Way | None]:
-        """Return what the outputs of a program are; take note of its BatchNorms."""
-        env = dict(zip(body.invars, [*(PARAMETERS for _ in body.consts), *args], strict=True))
+    def __init__(self, sites: frozenset[Path], found: Notes):
+        self.sites, self.found = sites, found
 
-        def read(v):
-            return None if isinstance(v, jaxpr.Literal) else env[v]
-
-        for number, eqn in enumerate(body.jaxpr.eqns):
-            outs = self.step(eqn, [read(v) for v in eqn.invars], (*path, number))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in body.jaxpr.outvars]
-
-    def step(self, eqn: Eqn, ins: list[Way | None], path: Path) -> list[Way | None]:
+    def step(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> list:
         if path in self.sites:
             return [Way(Kind.OUTPUT, path)] * len(eqn.outvars)
-        if not any(ins):
-            return [None] * len(eqn.outvars)
-        sub = jaxpr.subprogram(eqn)
-        if sub is None:
-            return [self.ordinary(eqn, ins)] * len(eqn.outvars)
-        if isinstance(sub, (While, Opaque)):
-            return [None] * len(eqn.outvars)
-        if isinstance(sub, Branches):
-            each = [self.through(branch, ins[1:], (*path, n)) for n, branch in enumerate(sub.bodies)]
-            return [next(filter(None, ways), None) for ways in zip(*each, strict=True)]
-        if isinstance(sub, Loop):
-            carried = slice(sub.constants, sub.constants + sub.carries)
-            first = self.through(sub.body, ins, (*path, 0))
-            again = [a or b for a, b in zip(ins[carried], first[: sub.carries], strict=True)]
-            return self.through(sub.body, [*ins[: sub.constants], *again, *ins[carried.stop :]], (*path, 0))
-        return self.through(sub.body, ins, (*path, 0))
+        return super().step(eqn, ins, path, around) if any(ins) else [None] * len(eqn.outvars)
 
-    def ordinary(self, eqn: Eqn, ins: list[Way | None]) -> Way | None:
+    def ordinary(self, eqn: Eqn, ins: list[Way | None], path: Path, around: Sequence[Eqn]) -> Way | None:
         """Return what an equation makes of its operands; take note where it scales an output by a deviation."""
+        del path, around
         ways = [way for way in ins if way]
         data = [way for way in ways if way.kind is not Kind.PARAMETERS]
         outputs = [way for way in data if way.kind is Kind.OUTPUT]

@@ -6,12 +6,12 @@ form by its name may still be refused by `jaxq.integer` for its numbers: a sum t
 
 import dataclasses
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, Branches, Eqn, Loop, Manual, Opaque, While
+from jaxq.programs.jaxpr import Body, Branches, Eqn, Manual
 from jaxq.programs.sites import Path
+from jaxq.programs.walk import Walk
 
 _ARITHMETIC = "add sub neg mul div square integer_pow pow rem max min clamp select_n abs sign floor ceil round"
 _FUNCTIONS = (
@@ -43,51 +43,32 @@ class Floating:
 
 def floating(body: Body, is_data: Iterable[bool], sites: frozenset[Path]) -> tuple[Floating, ...]:
     """Return the operations on data without an integer form, once for each line. sites: paths of what is a site."""
-    walk = _Walk(sites, {})
-    walk.through(body, list(is_data), (), Floating("", "", ""))
+    walk = _Walk(sites)
+    walk.through(body, list(is_data))
     return tuple(walk.found)
 
 
-class _Walk(NamedTuple):
-    """Tells what depends on data. around: the equation that a program is in."""
+class _Walk(Walk):
+    """Knows what depends on data."""
 
-    sites: frozenset[Path]
-    found: dict[Floating, None]
+    def __init__(self, sites: frozenset[Path]):
+        self.sites, self.found = sites, dict[Floating, None]()
 
-    def through(self, body: Body, flags: list[bool], path: Path, around: Floating) -> list[bool]:
-        """Return which outputs of a program depend on data."""
-        env = dict(zip(body.invars, [*(False for _ in body.consts), *flags], strict=True))
-
-        def read(v) -> bool:
-            return not isinstance(v, jaxpr.Literal) and env[v]
-
-        for number, eqn in enumerate(body.jaxpr.eqns):
-            outs = self.step(eqn, [read(v) for v in eqn.invars], (*path, number), around)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in body.jaxpr.outvars]
-
-    def step(self, eqn: Eqn, ins: list[bool], path: Path, around: Floating) -> list[bool]:
+    def step(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> list:
         if path in self.sites or not any(ins):
             return [any(ins)] * len(eqn.outvars)
-        sub = jaxpr.subprogram(eqn)
-        if sub is None or isinstance(sub, While | Branches | Manual | Opaque):
-            if eqn.primitive.name not in FORMS and any(jaxpr.is_float(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-                self.found[_seen(eqn, around)] = None
-            return [True] * len(eqn.outvars)
-        here = _seen(eqn, around)
-        if not isinstance(sub, Loop):
-            return self.through(sub.body, ins, (*path, 0), here)
-        carried = slice(sub.constants, sub.constants + sub.carries)
-        while True:  # until no more of what is carried depends on data
-            outs = self.through(sub.body, ins, (*path, 0), here)
-            later = [a or b for a, b in zip(ins[carried], outs[: sub.carries], strict=True)]
-            if later == ins[carried]:
-                return outs
-            ins = [*ins[: carried.start], *later, *ins[carried.stop :]]
+        if isinstance(jaxpr.subprogram(eqn), Branches | Manual):  # which have no integer form as a whole
+            return [self.ordinary(eqn, ins, path, around)] * len(eqn.outvars)
+        return super().step(eqn, ins, path, around)
+
+    def ordinary(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> bool:
+        if eqn.primitive.name not in FORMS and any(jaxpr.is_float(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+            self.found[_seen((*around, eqn))] = None
+        return True
 
 
-def _seen(eqn: Eqn, around: Floating) -> Floating:
-    """Return an equation as it is named; within functions of JAX, by the line that called them."""
-    scope = "/".join(filter(None, (around.scope, *jaxpr.scopes(eqn)[0])))
-    source = os.path.basename(jaxpr.source_line(eqn)) or around.source
-    return Floating(eqn.primitive.name, scope, source)
+def _seen(held: Sequence[Eqn]) -> Floating:
+    """Return the last of equations that hold one another, with its line, or the nearest one that there is."""
+    scope = "/".join(name for eqn in held for name in jaxpr.scopes(eqn)[0])
+    lines = filter(None, map(jaxpr.source_line, reversed(held)))
+    return Floating(held[-1].primitive.name, scope, os.path.basename(next(lines, "")))
