@@ -13,9 +13,11 @@ from jaxq.decisions.decision import Fed as Fed
 from jaxq.decisions.labels import labels as labels
 from jaxq.decisions.plan import Plan as Plan
 from jaxq.decisions.recipes import Uniform as Uniform
+from jaxq.decisions.recipes import tflite as tflite
 from jaxq.decisions.recipes import w8a8 as w8a8
 from jaxq.decisions.recipes import weight_only as weight_only
 from jaxq.decisions.resolve import revise as revise
+from jaxq.decisions.scheme import After as After
 from jaxq.decisions.scheme import Backward as Backward
 from jaxq.decisions.scheme import Scheme as Scheme
 from jaxq.integer.program import IntegerProgram as IntegerProgram

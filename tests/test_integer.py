@@ -611,6 +611,58 @@ def test_all_problems_are_listed_at_once():
     ]
 
 
+# --- the rules of TensorFlow Lite ------------------------------------------------------------------------------------
+
+
+def attentive(p, x):
+    """Attention of one head, and two dense layers, after a tanh and a logistic function."""
+    h = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x @ p["query"], x @ p["key"])) @ (x @ p["value"])
+    return jax.nn.sigmoid(jnp.tanh(h) @ p["up"]).reshape(x.shape[0], -1) @ p["down"]
+
+
+def attentive_params():
+    rng = np.random.default_rng(5)
+    shapes = {name: (8, 8) for name in ("query", "key", "value", "up")} | {"down": (48, 4)}
+    return {name: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for name, s in shapes.items()}
+
+
+def test_scales_of_functions_are_those_of_tensorflow_lite():
+    params, x = attentive_params(), jnp.asarray(np.random.default_rng(6).normal(size=(3, 6, 8)), jnp.float32)
+    plan = calibrated(attentive, params, x, policy=jaxq.tflite())
+    after = {site.name: [operand.after for operand in site.operands] for site in plan.sites}
+    (pv,) = (name for name, functions in after.items() if "softmax" in functions)
+    assert after["up"] == ["tanh", ""] and after["down"] == ["logistic", ""]
+    # Scale, zero point and codes: 1/256 from -128, 1/128 around zero, weights without -128.
+    fixed = {pv: (1 / 256, -128, -128, 127), "down": (1 / 256, -128, -128, 127), "up": (1 / 128, 0, -128, 127)}
+    for name, wanted in fixed.items():
+        number = next(n for n, function in enumerate(after[name]) if function)
+        assert tuple(grid(plan[name].quantizers[number], None)) == wanted
+    assert plan["up"].scheme.weight.bounds() == (-127, 127) and not plan["query"].scheme.act.symmetric
+    other = next(q for q, function in zip(plan[pv].quantizers, after[pv], strict=True) if not function)
+    assert other == plan["query"].scheme.act
+    assert jaxq.Plan.from_json(plan.to_json()) == plan
+
+    qparams, program = jaxq.convert(attentive, plan)(params, x), jaxq.integer(attentive, plan)(params, x)
+    imitated, exact = jaxq.quantize(attentive, plan)(qparams, x), attentive(params, x)
+    assert_bitwise(jaxq.qat(attentive, plan)(params, x), imitated)
+    assert np.abs(program(x) - imitated).max() < 0.01 * np.abs(exact).max()
+    assert np.abs(imitated - exact).max() < 0.03 * np.abs(exact).max()
+    assert_integer(program, x)
+    revised = jaxq.revise(plan, {"up": jaxq.w8a8(static=True)})
+    assert revised["up"].quantizers[0] == jaxq.w8a8(static=True).scheme.act and revised["down"] == plan["down"]
+
+
+def test_functions_of_a_known_range_are_named():
+    with pytest.raises(ValueError, match="softmax, tanh, logistic, got 'gelu'"):
+        jaxq.After("gelu", jaxq.int8())
+    with pytest.raises(TypeError, match=r"jaxq.fixed\(8, 7\), got 8"):
+        jaxq.After("tanh", 8)
+    with pytest.raises(TypeError, match=r"a tuple of jaxq.After"):
+        jaxq.Scheme(jaxq.int8(), jaxq.int8(), after={"tanh": jaxq.int8()})
+    with pytest.raises(ValueError, match="takes the place of act="):
+        jaxq.Scheme(jaxq.int8(), after=(jaxq.After("tanh", jaxq.fixed(8, 7)),))
+
+
 def unformed(params, x):
     h = jnp.sort(x @ params["w"]) + jnp.sort(params["w"])[:1]  # of which the second is computed ahead
     h = lax.cond(h[0, 0] > 0, jnp.negative, jnp.abs, h)

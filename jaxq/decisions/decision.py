@@ -30,7 +30,8 @@ class Fed:
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """What happens at one site. scheme: None for float; reason: why it is float; fed: for each operand the site whose
-    quantized output it is, if it is one (empty where none is).
+    quantized output it is, if it is one (empty where none is); own: for each operand the quantizer that it has for
+    being the output of a function (`Scheme.after`), if it has one.
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
@@ -42,6 +43,7 @@ class Decision:
     scheme: Scheme | None
     reason: str = ""
     fed: tuple[Fed | None, ...] = ()
+    own: tuple[Quantizer | None, ...] = ()
 
     def feed(self, number: int) -> Fed | None:
         """Return the site whose quantized output an operand is."""
@@ -52,6 +54,8 @@ class Decision:
         feed = self.feed(number)
         if feed is not None:
             return feed.quantizer
+        if self.own and self.own[number] is not None:
+            return self.own[number]
         return self.scheme.of(self.site.operands[number].role) if self.scheme else None
 
     @functools.cached_property

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxq.decisions.decision import Decision, Fed, Ranges, blank_ranges
-from jaxq.decisions.scheme import Backward, Scheme
+from jaxq.decisions.scheme import After, Backward, Scheme
 from jaxq.numbers import spec
 from jaxq.numbers.calibrators import Calibrator
 from jaxq.numbers.estimators import Estimator
@@ -22,7 +22,8 @@ from jaxq.programs.sites import Operand, Site
 
 VERSION = 2
 RULES = tuple(rule for kind in (Calibrator, Estimator, Fit, Scaling) for rule in typing.get_args(kind))
-TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, Quantizer, Backward, Scheme, Operand, Site, Fed, Decision)}
+PARTS = (Quantizer, After, Backward, Scheme, Operand, Site, Fed, Decision)
+TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, *PARTS)}
 
 
 def dump(decisions: tuple[Decision, ...], ranges: Ranges, floats: tuple[Floating, ...]) -> str:
@@ -86,6 +87,8 @@ def _check_decision(decision: Decision, most: int) -> None:
     site = decision.site
     if len(decision.fed) not in (0, len(site.operands)):
         raise ValueError(f"site '{site.name}' has {len(site.operands)} operands, and {len(decision.fed)} are fed")
+    if len(decision.own) not in (0, len(site.operands)):
+        raise ValueError(f"site '{site.name}' has {len(decision.own)} quantizers of functions for its operands")
     if any(decision.ranged) and math.prod(site.stack) > most:
         raise ValueError(f"site '{site.name}' has more layers than there are ranges")
     for quantizer, operand in zip(decision.quantizers, site.operands, strict=True):

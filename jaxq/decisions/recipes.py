@@ -5,9 +5,9 @@ The numbers in the names are bits: `w8a8` stores weights and activations in 8 bi
 
 import dataclasses
 
-from jaxq.decisions.scheme import Scheme
+from jaxq.decisions.scheme import After, Scheme
 from jaxq.numbers.calibrators import Calibrator, MinMax
-from jaxq.numbers.catalog import int8
+from jaxq.numbers.catalog import fixed, int8
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Site
 
@@ -44,6 +44,24 @@ def w8a8(static: bool = False, *, symmetric: bool = True, calibrator: Calibrator
     else:
         act = int8(symmetric=symmetric)
     return Uniform(Scheme(weight=int8(), act=act))
+
+
+def tflite(calibrator: Calibrator | None = None) -> Uniform:
+    """The int8 rules of TensorFlow Lite: for `jaxq.integer`, or `jaxq.quantize`.
+
+    Weights symmetric per channel, in [-127, 127]; activations with zero points, one scale for the tensor, from
+    calibration; outputs of softmax and logistic functions in steps of 1/256 from zero, those of tanh in steps of 1/128,
+    without calibration. Pools, moves and concatenations of codes of one grid keep that grid in an integer program, with
+    nothing to be said. TensorFlow Lite 8-bit quantization specification.
+
+    >>> import jaxq
+    >>> jaxq.tflite().scheme.act
+    int8 asymmetric per tensor static (MinMax())
+    """
+    act = int8(per_tensor=True, symmetric=False, calibrator=calibrator or MinMax())
+    part = fixed(8, 8, signed=False)
+    after = After("softmax", part), After("logistic", part), After("tanh", fixed(8, 7))
+    return Uniform(Scheme(weight=int8(), act=act, after=after))
 
 
 def weight_only(quantizer: Quantizer | None = None) -> Uniform:

@@ -60,7 +60,10 @@ def _decide(site: Site, choice: Choice) -> Decision:
         return Decision(site, None, site.obstacle)
     if choice.scheme is None:
         return Decision(site, None, "by policy" if choice.ruled else "no rule matches")
-    return Decision(site, *_applicable(site, choice.scheme))
+    scheme, reason = _applicable(site, choice.scheme)
+    known = {after.function: after.quantizer for after in scheme.after} if scheme else {}
+    own = tuple(known.get(operand.after) if operand.role == "act" else None for operand in site.operands)
+    return Decision(site, scheme, reason, own=own if any(own) else ())
 
 
 def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
@@ -68,6 +71,8 @@ def _applicable(site: Site, scheme: Scheme) -> tuple[Scheme | None, str]:
     has_weight = site.weight is not None
     has_act = any(operand.role == "act" for operand in site.operands)
     own = Scheme(scheme.weight if has_weight else None, scheme.act if has_act else None, scheme.out)
+    if own.act is not None:
+        own = dataclasses.replace(own, after=scheme.after)
     if own != Scheme() and len(site.operands) == 2:  # a lookup is differentiated without a product
         own = dataclasses.replace(own, grad=scheme.grad)
     if own != Scheme():
@@ -287,7 +292,7 @@ def _fitted(plan: Plan, site: Site, number: int | None) -> tuple[Decision, tuple
     roles, theirs = [o.role for o in site.operands], [o.role for o in decision.site.operands]
     if roles != theirs:  # the weight may stand on the other side
         ranges = (*ranges[: len(roles)][::-1], *ranges[len(roles) :])
-        decision = dataclasses.replace(decision, fed=decision.fed[::-1])
+        decision = dataclasses.replace(decision, fed=decision.fed[::-1], own=decision.own[::-1])
     ranges = _reranked(decision.site, site, ranges)
     decision = dataclasses.replace(decision, site=site)
     if decision.scheme is not None:

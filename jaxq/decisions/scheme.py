@@ -5,6 +5,7 @@ import dataclasses
 from jaxq.numbers.fits import DKM
 from jaxq.numbers.formats import vector_length
 from jaxq.numbers.quantizers import Quantizer
+from jaxq.programs.outputs import FUNCTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,32 @@ class Backward:
 
 
 @dataclasses.dataclass(frozen=True)
+class After:
+    """The quantizer of operands that are outputs of a function whose range is known: `softmax`, `tanh`, `logistic`.
+
+    >>> import jaxq
+    >>> jaxq.After("tanh", jaxq.fixed(8, 7))
+    After(function='tanh', quantizer=Q0.7 per tensor)
+    """
+
+    function: str
+    quantizer: Quantizer
+
+    def __post_init__(self):
+        if self.function not in FUNCTIONS:
+            raise ValueError(f"After() knows {', '.join(FUNCTIONS)}, got {self.function!r}")
+        if not isinstance(self.quantizer, Quantizer):
+            raise TypeError(f"After() takes a quantizer such as jaxq.fixed(8, 7), got {self.quantizer!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Scheme:
     """Quantizers by role, never by side: `weight`, `act` for the operands, `out` for the result. `Scheme()` is float.
 
     A weightless site (a product of two activations) uses `act` for both operands. What a site puts out is rounded to
     `out`, one scale for the tensor; where another site takes it as it is, the two share that quantizer. `grad` is how
-    the products of the backward pass are quantized in `qat`: a quantizer for both of them, or a `Backward`.
+    the products of the backward pass are quantized in `qat`: a quantizer for both of them, or a `Backward`. `after`
+    has quantizers that take the place of `act` for outputs of some functions, as `make_plan` finds them (`After`).
 
     >>> import jaxq
     >>> jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8())
@@ -55,8 +76,13 @@ class Scheme:
     act: Quantizer | None = None
     out: Quantizer | None = None
     grad: Quantizer | Backward | None = None
+    after: tuple[After, ...] = ()
 
     def __post_init__(self):
+        if not isinstance(self.after, tuple) or not all(isinstance(a, After) for a in self.after):
+            raise TypeError(f"Scheme(after=) takes a tuple of jaxq.After(function, quantizer), got {self.after!r}")
+        if self.after and self.act is None:
+            raise ValueError("Scheme(after=) takes the place of act=, which is missing")
         for role, value in self._roles():
             if value is not None and not isinstance(value, Quantizer):
                 raise TypeError(f"Scheme({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
@@ -131,5 +157,6 @@ class Scheme:
         return self.weight if role == "weight" else self.act
 
     def __repr__(self) -> str:
-        parts = [f"{role}={value!r}" for role, value in (*self._roles(), ("grad", self.grad)) if value]
+        rest = ("grad", self.grad), ("after", self.after)
+        parts = [f"{role}={value!r}" for role, value in (*self._roles(), *rest) if value]
         return f"Scheme({', '.join(parts)})"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxq.programs import batchnorm, jaxpr, ops
+from jaxq.programs import batchnorm, jaxpr, ops, outputs
 from jaxq.programs.floating import Floating, floating
 from jaxq.programs.jaxpr import Body
 from jaxq.programs.provenance import CONSTANT, DATA, NONE, Around, Found, Value, flow, parameter
@@ -65,12 +65,15 @@ def analyze(body: Body, leaves: Sequence[int | None], names: Names, shown: bool 
 
 
 def _shown(body: Body, leaves: Sequence[int | None], located: tuple[Located, ...], found: list[Found]) -> tuple:
-    """Return sites with what only plans show: the line that each comes from, and the BatchNorms that follow it."""
-    norms = batchnorm.notes(body, (i is not None for i in leaves), frozenset(item.path for item in located))
+    """Return sites with what only plans keep: their lines, the BatchNorms that follow, the functions before."""
+    paths = frozenset(item.path for item in located)
+    norms, before = batchnorm.notes(body, (i is not None for i in leaves), paths), outputs.outputs(body, paths)
     shown = []
     for item, equation in zip(located, found, strict=True):
         source = os.path.basename(jaxpr.source_line(equation.eqn))
-        site = dataclasses.replace(item.site, source=source, norms=norms.get(item.path, ()))
+        pairs = zip(item.site.operands, before[item.path], strict=False)
+        operands = tuple(dataclasses.replace(operand, after=function) for operand, function in pairs)
+        site = dataclasses.replace(item.site, source=source, norms=norms.get(item.path, ()), operands=operands)
         shown.append(dataclasses.replace(item, site=site))
     return tuple(shown)
 

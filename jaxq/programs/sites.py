@@ -15,12 +15,13 @@ Path = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """One operand of a site. role: `weight` or `act`; origins: the parameter leaves a weight is made of.
+    """One operand of a site. role: `weight` or `act`; origins: the parameter leaves a weight is made of; after: the
+    function that it is the output of, merely moved: `softmax`, `tanh`, `logistic`, where `make_plan` looked for it.
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
     >>> plan.sites[0].weight
-    Operand(role='weight', shape=(8, 4), dtype='float32', contracted=(0,), origins=('up',))
+    Operand(role='weight', shape=(8, 4), dtype='float32', contracted=(0,), origins=('up',), after='')
     """
 
     role: str
@@ -28,6 +29,7 @@ class Operand:
     dtype: str
     contracted: tuple[int, ...]
     origins: tuple[str, ...] = ()
+    after: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
