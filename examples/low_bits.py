@@ -169,12 +169,19 @@ class Trainer:
         """Return logits and BatchNorm's new statistics."""
         return self.model.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    def loss(self, trained: tuple, stats: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-        """Return the loss and the new statistics. trained: the plan, or None, and the parameters."""
+    def loss(self, trained: tuple, stats: Any, teacher: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+        """Return the loss and the new statistics. trained: the plan, or None, and the parameters.
+
+        teacher: variables of the float model that it is to agree with as much as with the labels, or None.
+        """
         plan, params = trained
         forward = self.forward if plan is None else jaxq.qat(self.forward, plan)
         logits, new = forward({"params": params, **stats}, x)
-        return cross_entropy(logits, y), new
+        loss = cross_entropy(logits, y)
+        if teacher is not None:
+            taught = jax.nn.softmax(self.predict(teacher, x))
+            loss = (loss + optax.softmax_cross_entropy(logits, taught).mean()) / 2
+        return loss, new
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return Adam for the parameters and, relative to their size, for what is learned of the plan."""
@@ -187,17 +194,20 @@ class Trainer:
         return optax.multi_transform(kinds, lambda trained: ("plan", "weights"))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def step(self, state: Any, data: Data, chosen: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+    def step(self, state: Any, teacher: Any, data: Data, chosen: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
         """Return the state after the batch of the `chosen` images, and the loss on it."""
         trained, stats, memory = state
         x = real(data.train_x[chosen])
         x = moved(x, key) if self.augmented else x
-        (loss, new), gradient = jax.value_and_grad(self.loss, has_aux=True)(trained, stats, x, data.train_y[chosen])
+        gradient_of = jax.value_and_grad(self.loss, has_aux=True)
+        (loss, new), gradient = gradient_of(trained, stats, teacher, x, data.train_y[chosen])
         updates, memory = self.optimizer().update(gradient, memory, trained)
         return (optax.apply_updates(trained, updates), new, memory), loss
 
-    def train(self, plan: Any, variables: Any, data: Data, key: jax.Array) -> tuple[Any, Any, list[float]]:
-        """Return the trained plan and variables, and the accuracy after every epoch."""
+    def train(
+        self, plan: Any, variables: Any, data: Data, key: jax.Array, teacher: Any = None
+    ) -> tuple[Any, Any, list[float]]:
+        """Return the trained plan and variables, and the accuracy after every epoch. teacher: as in `loss`."""
         plan, variables = jax.tree.map(jnp.array, (plan, variables))  # the steps donate what they are given
         stats = {name: values for name, values in variables.items() if name != "params"}
         trained, curve = (plan, variables["params"]), []
@@ -207,7 +217,7 @@ class Trainer:
             for epoch in jax.random.split(key, self.epochs):
                 order = jax.random.permutation(epoch, len(data.train_x))[: self.steps * self.batch]
                 for i, chosen in enumerate(np.asarray(order).reshape(self.steps, self.batch)):
-                    state, loss = self.step(state, data, chosen, jax.random.fold_in(epoch, i))
+                    state, loss = self.step(state, teacher, data, chosen, jax.random.fold_in(epoch, i))
                     bar.update()
                 plan, variables = state[0][0], {"params": state[0][1], **state[1]}
                 curve.append(accuracy(logits_of(partial(self.evaluate, plan), variables, data), data))
@@ -272,7 +282,8 @@ def run(chosen: Run, data: Data, floats: dict, options: argparse.Namespace) -> d
         variables = after.fresh(keys[0], data)
     samples = real(data.train_x[:SAMPLES])
     _, plan = observe(variables, samples)
-    plan, trained, curve = after.train(plan, variables, data, keys[2])
+    teacher = variables if TASKS[chosen.task].distilled else None
+    plan, trained, curve = after.train(plan, variables, data, keys[2], teacher)
     converted = jaxq.convert(after.predict, plan)(trained, samples)
     served = logits_of(partial(after.serve, plan), converted, data)
     if not np.array_equal(served, logits_of(partial(after.evaluate, plan), trained, data)):

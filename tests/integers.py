@@ -289,10 +289,20 @@ def states(step, shape, bounds, length):
         outs = step([state.of(zeros) for state in within(bounds)])
         return [max(b, out.real_reach) for b, out in zip(bounds, outs, strict=True)]
 
-    first = after(bounds)
-    second = after(first)
-    steps = [b - a if b > 1.001 * a else 0.0 for a, b in zip(first, second, strict=True)]
-    return within([b + length * step for b, step in zip(second, steps, strict=True)] if any(steps) else second)
+    def grown(bounds):
+        later = after(bounds)
+        return later, [b - a if b > 1.001 * a else 0.0 for a, b in zip(bounds, later, strict=True)]
+
+    steps = [0.0] * len(bounds)
+    for _ in range(2 + len(bounds)):
+        before, (bounds, steps) = steps, grown(bounds)
+        if not any(steps):
+            return within(bounds)
+    shares = [step / old if old > step else 0.0 for old, step in zip(before, steps, strict=True)]
+    settled = [b + 1.001 * step * r / (1 - r) for b, step, r in zip(bounds, steps, shares, strict=True)]
+    if not any(grown(settled)[1]):
+        return within(settled)
+    return within([b + length * step for b, step in zip(bounds, steps, strict=True)])
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

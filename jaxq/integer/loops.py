@@ -1,8 +1,8 @@
 """Loops: over time one program, in which what is carried keeps one scale; over layers, each layer by itself.
 
 What is carried from one iteration to the next is int32 between two bounds, which are found first, by carrying bounds
-through the body: a state that stays within its bounds, as that of a gated unit, or that grows by no more than so much
-in each iteration, as a sum, has one for the whole loop. It is proved to stay there, or saturated.
+through the body: a state that stays within bounds, as a gated unit's output or a moving average, or that grows by no
+more than so much in each iteration, as a sum, has one for the whole loop. It is proved to stay there, or saturated.
 """
 
 import dataclasses
@@ -181,22 +181,29 @@ class _States:
     arrays: Sequence
 
     def of(self, inits: Sequence[Value]) -> list[_State]:
+        """Return how values are carried from the first iteration on. Raises `Refusal` where no bounds are found."""
         bounds = [_reach(x) if jaxpr.is_float(aval) else 0.0 for x, aval in zip(inits, self.avals, strict=True)]
-        if not any(bounds) and not any(map(jaxpr.is_float, self.avals)):
-            return self.within(bounds)
-        first = self.after(bounds)
-        second = self.after(first)
-        steps = [b - a if b > (1 + SLACK) * a else 0.0 for a, b in zip(first, second, strict=True)]
-        if not any(steps):
-            return self.within(second)
-        last = [b + self.loop.length * step for b, step in zip(second, steps, strict=True)]
-        for a, b, step in zip(last, self.after(last), steps, strict=True):
-            if b > a + step + SLACK * a:
+        steps = [0.0] * len(bounds)
+        for _ in range(2 + sum(map(jaxpr.is_float, self.avals))):  # what one takes from another has come round by then
+            before, (bounds, steps) = steps, self.grown(bounds)
+            if not any(steps):
+                return self.within(bounds)
+        settled = [b + _rest(a, step) for b, a, step in zip(bounds, before, steps, strict=True)]
+        if not any(self.grown(settled)[1]):
+            return self.within(settled)
+        last = [b + self.loop.length * step for b, step in zip(bounds, steps, strict=True)]
+        for b, step, further in zip(last, steps, self.grown(last)[1], strict=True):
+            if further > step + SLACK * b:
                 raise Refusal(
-                    f"carries a value that may grow {b / a:.3g} times in an iteration, so that no integer type holds "
-                    "it: bound it, with jnp.clip or tanh, within the loop"
+                    f"carries a value that may grow from {b:.3g} to {b + further:.3g} in an iteration, ever faster, so "
+                    "that no integer type holds it: bound it, with jnp.clip or tanh, within the loop"
                 )
         return self.within(last)
+
+    def grown(self, bounds: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the bounds after an iteration, and by how much each has grown but for rounding."""
+        later = self.after(bounds)
+        return later, [b - a if b > (1 + SLACK) * a else 0.0 for a, b in zip(bounds, later, strict=True)]
 
     def within(self, bounds: Sequence[float]) -> list[_State]:
         return [self.state(*three) for three in zip(self.avals, bounds, self.still, strict=True)]
@@ -218,6 +225,12 @@ class _States:
         shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in self.arrays]
         jax.eval_shape(traced, [s.shape for s in states], shapes)
         return [max(b, _reach(x)) if s.scale else 0.0 for s, b, x in zip(states, bounds, found, strict=True)]
+
+
+def _rest(before: float, step: float) -> float:
+    """Return all that steps will come to that become smaller as the last one has: as those of a moving average."""
+    share = step / before if before > step else 0.0
+    return (1 + SLACK) * step * share / (1 - share) if step and share else 0.0
 
 
 def _reach(x: Value) -> float:
