@@ -284,14 +284,13 @@ def states(step, shape, bounds, length):
         scales = [power_above(1.001 * b / 2**30) if b else 2.0**-30 for b in bounds]
         return [State(scale, math.ceil(1.001 * b / scale)) for scale, b in zip(scales, bounds, strict=True)]
 
-    def after(bounds):
-        zeros = held(np.zeros(shape, np.int64), same(1.0, len(shape)), same(0, len(shape)), same(0, len(shape)))
-        outs = step([state.of(zeros) for state in within(bounds)])
-        return [max(b, out.real_reach) for b, out in zip(bounds, outs, strict=True)]
-
     def grown(bounds):
-        later = after(bounds)
-        return later, [b - a if b > 1.001 * a else 0.0 for a, b in zip(bounds, later, strict=True)]
+        zeros = held(np.zeros(shape, np.int64), same(1.0, len(shape)), same(0, len(shape)), same(0, len(shape)))
+        carried = within(bounds)
+        outs = step([state.of(zeros) for state in carried])
+        later = [max(b, out.real_reach) for b, out in zip(bounds, outs, strict=True)]
+        before = [state.scale * state.reach for state in carried]
+        return later, [b - a if b > (1 + 1e-8) * a else 0.0 for a, b in zip(before, later, strict=True)]
 
     steps = [0.0] * len(bounds)
     for _ in range(2 + len(bounds)):
@@ -302,7 +301,7 @@ def states(step, shape, bounds, length):
     settled = [b + 1.001 * step * r / (1 - r) for b, step, r in zip(bounds, steps, shares, strict=True)]
     if not any(grown(settled)[1]):
         return within(settled)
-    return within([b + length * step for b, step in zip(bounds, steps, strict=True)])
+    return within([b + 17 / 16 * length * step for b, step in zip(bounds, steps, strict=True)])
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -249,6 +249,29 @@ def test_a_sum_over_a_long_time_has_room():
     np.testing.assert_allclose(program(-x), -1000.0, rtol=1e-6)
 
 
+def test_a_large_state_that_grows_by_little_has_room():
+    """A thousandth of what it begins with in each of four thousand iterations."""
+
+    def f(p, x):
+        start = 100 + x @ p["w"]
+        return lax.fori_loop(0, 4000, lambda i, s: s + 0.05 * jax.nn.relu(start - 99), start)
+
+    x = jnp.array([[1.0, 0.5, -0.5, 0.25]])
+    program, _ = built(f, {"w": jnp.eye(4)}, x)
+    np.testing.assert_allclose(program(x), f({"w": jnp.eye(4)}, x), rtol=1e-2)
+
+
+def test_what_a_loop_does_not_touch_passes_through():
+    """A float input that no range is known for."""
+
+    def f(p, h, y):
+        (y, h), _ = lax.scan(lambda s, _: ((s[0], jnp.tanh(s[1] @ p["u"])), None), (y, h), None, length=3)
+        return h, y
+
+    program, _ = built(f, {"u": SQUARE}, H, XS)
+    np.testing.assert_array_equal(program(H, XS)[1], XS)
+
+
 def test_a_moving_average_over_a_long_time_keeps_its_steps():
     """A bound that grew by as much in each iteration as in the first ones would leave an average five digits."""
 
