@@ -298,7 +298,7 @@ def test_functions_of_a_sum_become_tables():
         want = np.asarray(g(h), np.float64)
         # Half a step of the result, and half a step of the argument times the slope.
         step = (want.max() - want.min()) / 255
-        argument = (float(h.max()) + 8) / 254
+        argument = (float(h.max()) + 8) / 4094
         slope = {"exp": np.e, "own": 2.0}.get(name, 1.2)
         assert np.abs(np.asarray(outs[name]) - want).max() <= 0.51 * (step + slope * argument), name
 
@@ -313,8 +313,8 @@ def test_functions_that_no_site_takes_are_a_line_and_a_table():
     assert_integer(program, x)
     h, outs = program(x)
     for name, y in outs.items():
-        # The rest is at most 1.3 in size, in 255 steps, of an argument in 255 steps.
-        np.testing.assert_allclose(y, jnp.mean(FUNCTIONS[name](h), -1, keepdims=True) + h, atol=0.02, err_msg=name)
+        # Lines between 257 points; I-BERT's polynomial is 1.9e-2 off GELU.
+        np.testing.assert_allclose(y, jnp.mean(FUNCTIONS[name](h), -1, keepdims=True) + h, atol=2e-3, err_msg=name)
 
 
 def test_a_table_of_int8_is_the_function_on_all_256_values():
