@@ -34,7 +34,8 @@ from low_bits_models import ConvNet, Perceptron, ResNet20, Rows, sign_like
 from train_qat import all_logits, cross_entropy
 
 RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
-HIGH_RATE = 1e-3  # in QAT, of a model that is not done with training
+# The same two of QAT for a model that is not done with training in float.
+HIGH_RATE, HIGH_STEP_RATE = 1e-3, 1e-3
 SAMPLES = 256  # that learned steps start from
 SHIFT = 4  # pixels that an augmented image is moved by, at most
 
@@ -68,14 +69,18 @@ def policy_of(bits: str, first: str | None) -> dict[str, Any]:
 
 
 class Task(NamedTuple):
-    """A dataset, a model of an activation function, the name of its first layer, what it is trained at, and how."""
+    """A dataset, a model of an activation function, the name of its first layer, what it is trained at, and how.
+
+    distilled: QAT learns from the float model as much as from the labels (Hinton et al. 2015, at temperature one).
+    """
 
     dataset: str
     model: Callable[[Callable], nn.Module]
     first: str | None
     bits: tuple[str, ...]
     augmented: bool = False
-    qat_rate: float = QAT_RATE
+    distilled: bool = False
+    rates: tuple[float, float] = (QAT_RATE, STEP_RATE)  # of weights in QAT, of learned steps
 
 
 CONV = (ConvNet, "conv_0", ("8", "4", "2", "1"))
@@ -87,7 +92,7 @@ TASKS = {
     "lenet": Task("mnist", partial(Perceptron, widths=(300, 100), normalized=False), "dense_0", ("k-means 32",)),
     "rows": Task("mnist", Rows, None, ("8", "4")),
     "digits_rows": Task("digits", Rows, None, ("8", "4")),
-    "resnet20": Task("cifar10", ResNet20, "stem", ("4", "3", "2"), augmented=True, qat_rate=HIGH_RATE),
+    "resnet20": Task("cifar10", ResNet20, "stem", ("4", "3", "2"), True, True, (HIGH_RATE, HIGH_STEP_RATE)),
 }
 
 
@@ -143,6 +148,7 @@ class Trainer:
     steps: int  # of an epoch
     batch: int
     rate: float
+    step_rate: float
     augmented: bool
 
     @partial(jax.jit, static_argnums=0)
@@ -190,7 +196,7 @@ class Trainer:
         def adam(rate: float, *more: optax.GradientTransformation) -> optax.GradientTransformation:
             return optax.chain(optax.scale_by_adam(), *more, optax.scale_by_schedule(schedule), optax.scale(-rate))
 
-        kinds = {"plan": adam(STEP_RATE, optax.scale_by_trust_ratio()), "weights": adam(self.rate)}
+        kinds = {"plan": adam(self.step_rate, optax.scale_by_trust_ratio()), "weights": adam(self.rate)}
         return optax.multi_transform(kinds, lambda trained: ("plan", "weights"))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -230,7 +236,7 @@ def trainers(task: str, bits: str, steps: int, options: tuple[int, int, int]) ->
     """Return how the float and the quantized model are trained, and what makes a plan: one of each for all seeds."""
     epochs, qat_epochs, batch = options
     signs = bits == "1"
-    _, make, first, _, augmented, qat_rate = TASKS[task]
+    _, make, first, _, augmented, _, (qat_rate, step_rate) = TASKS[task]
     # Signs are another model than ReLUs: trained from the start, for as long as both trainings of the others.
     after = Trainer(
         make(sign_like if signs else nn.relu),
@@ -238,9 +244,10 @@ def trainers(task: str, bits: str, steps: int, options: tuple[int, int, int]) ->
         steps,
         batch,
         RATE if signs else qat_rate,
+        step_rate,
         augmented,
     )
-    before = Trainer(make(nn.relu), epochs, steps, batch, RATE, augmented)
+    before = Trainer(make(nn.relu), epochs, steps, batch, RATE, step_rate, augmented)
     return before, after, jax.jit(jaxq.observe(after.predict, policy_of(bits, first)))
 
 
