@@ -526,6 +526,18 @@ def test_what_is_float_rounding_beside_a_line_does_not_count():
     np.testing.assert_allclose(out, jax.nn.relu(h), atol=3e-3)
 
 
+@pytest.mark.parametrize("g", [jnp.tanh, jax.nn.gelu, lambda h: jnp.exp(-jnp.square(1e9 * h))])
+def test_functions_of_nothing_but_zeros_are_known(g):
+    def f(params, x):
+        h = g(x @ params["w"])
+        return h, h @ jnp.eye(4) + 1
+
+    zeros, x = {"w": jnp.zeros((4, 4))}, jnp.ones((2, 4))
+    plan = calibrated(f, zeros, x)
+    for out, want in zip(jaxq.integer(f, plan)(zeros, x)(x), f(zeros, x), strict=True):
+        np.testing.assert_allclose(out, want, atol=0.01)
+
+
 def test_a_narrow_peak_is_followed_where_it_changes():
     def f(params, x):
         return jnp.exp(-jnp.square(10 * (x @ params["w"])))

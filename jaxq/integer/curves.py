@@ -70,7 +70,7 @@ def _of_sums(line: Line, scale: float, few: int) -> Coded:
     low, high = changing(lambda x: np.rint(evaluate(line, x) / (scale * COARSE)), *line.root.ends)
     farthest = max(abs(low), abs(high), 1e-30)
     count = int(np.clip((high - low) / farthest * 2.0 ** (FARTHEST - BITS), 1, SEGMENTS))
-    unit = max((high - low) / (count << BITS), farthest / 2**FARTHEST)
+    unit = max((high - low) / (count << BITS), farthest / 2**FARTHEST, float(line.root.scale.min()) / 2**BITS)
     first = round(low / unit)
     nodes = (unit * (first + (np.arange(count + 1) << BITS))).clip(*line.root.ends)
     values = _steps(line, scale, nodes)

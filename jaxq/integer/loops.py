@@ -63,6 +63,8 @@ def _parts(loop: Loop, operands: Sequence[Value]) -> tuple[list[Value], list[Val
 def written_out(loop: Loop, operands: Sequence[Value], run: Callable[[int, Sequence[Value]], list[Value]]) -> list:
     """Run a loop iteration by iteration, each a program of its own."""
     constants, carries, xs = _parts(loop, operands)
+    if not loop.length:
+        raise Refusal("has no iterations: leave it out")
     iterations = [*range(loop.length)][:: -1 if loop.reverse else 1]
     rows: dict[int, list[Value]] = {}
     for n in iterations:
