@@ -1,6 +1,7 @@
 """Whole programs in integers: the integers of NumPy int64, no float inside, no silence about what is missing."""
 
 import functools
+import json
 import re
 
 import jax
@@ -699,6 +700,10 @@ def test_plans_tell_what_has_no_integer_form():
     lines = str(caught.value).splitlines()
     assert len(lines) == len(wanted) and all(map(re.search, wanted, lines)), lines
     assert jaxq.Plan.from_json(plan.to_json()).floats == plan.floats
+    text = json.loads(plan.to_json())
+    del text["floats"]  # as in a file of before
+    with pytest.raises(ValueError, match="not looked at: use jaxq.make_plan"):
+        jaxq.Plan.from_json(json.dumps(text)).check(integer_only=True)
     f, static = (lambda p, x: jax.nn.gelu(x @ p["w"])), jaxq.w8a8(static=True)
     jaxq.make_plan(f, static)(LINEAR, jnp.ones((2, 4))).check(integer_only=True)
 

@@ -25,7 +25,7 @@ class Plan:
 
     ranges: for each decision, for each operand and then for a quantized output, the static `Range` (float32 arrays of
     shape `site.stack`), the learned `Parameters`, or None; floats: other operations of the program that have no integer
-    form, for `check`. Printing it gives the table. Accepted wherever a policy is.
+    form, None where nobody looked. Printing it gives the table. Accepted wherever a policy is.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["up"]), {"up": jnp.ones((8, 4))}
@@ -36,7 +36,7 @@ class Plan:
 
     decisions: tuple[Decision, ...]
     ranges: Ranges
-    floats: tuple[Floating, ...] = ()
+    floats: tuple[Floating, ...] | None = None
 
     def tree_flatten_with_keys(self):
         keys = [jax.tree_util.DictKey(d.site.name) for d in self.decisions]
@@ -98,7 +98,8 @@ class Plan:
         if integer_only:
             sites = [(d.site, integer_form.problem(d)) for d in self.decisions if not d.site.obstacle]
             problems += [f"  site '{site.name}'{_at(site)} {problem}" for site, problem in sites if problem]
-            problems += [f"  {floating} has no integer form" for floating in self.floats]
+            problems += [f"  {floating} has no integer form" for floating in self.floats or ()]
+            problems += ["  what else the program does was not looked at: use jaxq.make_plan"] * (self.floats is None)
         if problems:
             raise ValueError("the plan fails its check:\n" + "\n".join(problems))
         return self

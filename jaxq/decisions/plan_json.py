@@ -26,7 +26,7 @@ PARTS = (Quantizer, After, Backward, Scheme, Operand, Site, Fed, Decision)
 TYPES = spec.TYPES | {cls.__name__: cls for cls in (*RULES, *PARTS)}
 
 
-def dump(decisions: tuple[Decision, ...], ranges: Ranges, floats: tuple[Floating, ...]) -> str:
+def dump(decisions: tuple[Decision, ...], ranges: Ranges, floats: tuple[Floating, ...] | None) -> str:
     """Return the JSON text of a plan. Raises `TypeError` while its ranges are being traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ranges)):
         raise TypeError("a plan is written with the values of its ranges: call to_json() outside jit")
@@ -38,7 +38,7 @@ def dump(decisions: tuple[Decision, ...], ranges: Ranges, floats: tuple[Floating
     return json.dumps({"jaxq_plan": VERSION, **parts})
 
 
-def load(text: str) -> tuple[tuple[Decision, ...], Ranges, tuple[Floating, ...]]:
+def load(text: str) -> tuple[tuple[Decision, ...], Ranges, tuple[Floating, ...] | None]:
     """Return the parts of a plan from its JSON text; raise `ValueError` saying what is wrong with it."""
     try:
         data = json.loads(text, parse_constant=_refuse)
@@ -46,7 +46,7 @@ def load(text: str) -> tuple[tuple[Decision, ...], Ranges, tuple[Floating, ...]]
             raise ValueError(f"expected jaxq_plan version {VERSION}")
         decisions = spec.decode(data["decisions"], TYPES)
         _check(decisions, most=len(text))
-        floats = _read_floats(data.get("floats", []))
+        floats = _read_floats(data.get("floats"))
         blank = tuple(blank_ranges(decision) for decision in decisions)
         ranges = _filled(blank, data["ranges"])
         _check_shapes(decisions, blank, ranges)
@@ -55,7 +55,9 @@ def load(text: str) -> tuple[tuple[Decision, ...], Ranges, tuple[Floating, ...]]
     return decisions, ranges, floats
 
 
-def _read_floats(value: Any) -> tuple[Floating, ...]:
+def _read_floats(value: Any) -> tuple[Floating, ...] | None:
+    if value is None:  # as in plans of before
+        return None
     floats = spec.decode(value, {"Floating": Floating})
     if not isinstance(floats, tuple) or not all(isinstance(f, Floating) for f in floats):
         raise ValueError("'floats' is not a list of operations")

@@ -55,7 +55,8 @@ def tune(
             if decision.scheme is not None and alone.is_product(item) and kind not in speeds:
                 speeds[kind] = measure(item, decision)
             kept.append(_faster(decision, ranges, speeds.get(kind)))
-        return Plan(tuple(decision for decision, _ in kept), tuple(ranges for _, ranges in kept))
+        decided = tuple(decision for decision, _ in kept)
+        return Plan(decided, tuple(ranges for _, ranges in kept), program.analysis.floats)
 
     return tuned
 

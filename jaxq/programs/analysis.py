@@ -35,7 +35,7 @@ class Analysis:
     """The sites of a program in program order; floats: what else has no integer form, if that was looked for."""
 
     located: tuple[Located, ...]
-    floats: tuple[Floating, ...] = ()
+    floats: tuple[Floating, ...] | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
