@@ -71,7 +71,9 @@ def _shown(body: Body, leaves: Sequence[int | None], located: tuple[Located, ...
     shown = []
     for item, equation in zip(located, found, strict=True):
         source = os.path.basename(jaxpr.source_line(equation.eqn))
-        pairs = zip(item.site.operands, before[item.path], strict=False)
+        functions = before.get(item.path, ())  # nothing is known within a while loop
+        blank = ("",) * (len(item.site.operands) - len(functions))
+        pairs = zip(item.site.operands, (*functions, *blank), strict=False)
         operands = tuple(dataclasses.replace(operand, after=function) for operand, function in pairs)
         site = dataclasses.replace(item.site, source=source, norms=norms.get(item.path, ()), operands=operands)
         shown.append(dataclasses.replace(item, site=site))
