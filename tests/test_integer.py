@@ -22,6 +22,8 @@ from jaxq.programs.floating import FORMS
 from random_nets import POLICIES, STATIC, Draw, Judge, Net, Step, drawn, grid
 from zoo import model
 
+pytestmark = pytest.mark.shared
+
 SYMMETRIC, ASYMMETRIC = POLICIES[:2]
 
 

@@ -18,6 +18,8 @@ from jaxq.integer.softmax import exp2, softmax
 from jaxq.integer.values import Coded
 from random_nets import grid
 
+pytestmark = pytest.mark.shared
+
 STATIC = jaxq.w8a8(static=True)
 RNG = np.random.default_rng(0)
 
