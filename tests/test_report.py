@@ -160,6 +160,7 @@ def _chain(params, x):
 HOLDING = ["scan_xs", "while_loop", "cond", "custom_vjp", "shard_map"]
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     "name", [*HOLDING, *(pytest.param(n, marks=pytest.mark.long) for n in NAMES if n not in HOLDING)]
 )
