@@ -56,9 +56,9 @@ def _folded(codes: jax.Array, axes: Sequence[int], join: Callable) -> jax.Array:
     """Return codes of which one half of the last axis is joined with the other, again and again.
 
     XLA's CPU compiler has vectors for that, and hardly any for a reduction along the axis in which numbers are next to
-    each other.
+    each other. What computes the codes stays out of it: it would be compiled again for each half of a half.
     """
-    last = codes.ndim - 1
+    last, codes = codes.ndim - 1, lax.optimization_barrier(codes)
     while last in axes and isinstance(n := codes.shape[last], int) and n % 2 == 0 and n > LANES:
         halves = (lax.slice_in_dim(codes, start, start + n // 2, axis=last) for start in (0, n // 2))
         codes = join(*halves)
