@@ -6,8 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-WIDTH = 8  # of the residual network's first stage: half the published one, for CPUs
-
 
 def sign_like(x: jax.Array) -> jax.Array:
     """Return hard tanh: a sign's gradient, passed straight through between -1 and 1."""
@@ -55,16 +53,17 @@ class ResNet20(nn.Module):
     """The residual network of CIFAR-10 (He et al. 2016, section 4.2), strided convolutions in its shortcuts."""
 
     activate: Callable
+    width: int = 16  # of the first stage
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         def conv(x: jax.Array, width: int, size: int, stride: int, name: str) -> jax.Array:
             return normed(nn.Conv(width, (size, size), (stride, stride), use_bias=False, name=name)(x), train)
 
-        x = self.activate(conv(x, WIDTH, 3, 1, "stem"))
+        x = self.activate(conv(x, self.width, 3, 1, "stem"))
         for stage in range(3):
             for block in range(3):
-                name, width = f"stage_{stage}_{block}", WIDTH * 2**stage
+                name, width = f"stage_{stage}_{block}", self.width * 2**stage
                 stride = 2 if stage and not block else 1
                 y = self.activate(conv(x, width, 3, stride, f"{name}_a"))
                 y = conv(y, width, 3, 1, f"{name}_b")

@@ -21,6 +21,7 @@ from jaxq.integer.scales import narrowed
 from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Value, ones, there, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
+from jaxq.lowering.conv import sums_of_kernel
 from jaxq.numbers import affine as numbers
 from jaxq.numbers.calibrators import Leaf
 from jaxq.numbers.qarray import QArray
@@ -156,31 +157,30 @@ def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Code
         return wide(_less_zero_points(op, acc, left, right), scale, low, high)
     w, x = pair[weight], pair[1 - weight]
     if x.zero_point:
-        acc = acc - _correction(op, pair, weight)
+        acc = acc - _correction(op, pair, weight, acc.shape)
     products, axes = np.stack([w.low * int(end) for end in (x.low.min(), x.high.max(), 0)]), op.contracted[weight]
     low, high = (pick(products, axis=0).sum(axes, keepdims=True) for pick in (np.min, np.max))
     return wide(acc, scale, to_output(op, low, weight, ranks), to_output(op, high, weight, ranks))
 
 
-def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int) -> jax.Array:
+def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int, out: tuple[int, ...]) -> jax.Array:
     """Return what the zero point of an activation adds to the sums: a constant, as it is multiplied by weights alone.
 
     It is computed where the image is: what a convolution pads is the code zero, and adds nothing.
     """
     x, side = pair[1 - weight], 1 - weight
-    free = set(op.free(side, x.codes.ndim)) if isinstance(op, Dot) else _free_of(op, side)
-    shape = [1 if axis in free else n for axis, n in enumerate(x.codes.shape)]
-    operands = [pair[0].codes, pair[1].codes]
     with jax.ensure_compile_time_eval():
-        operands[side] = jnp.ones(shape, jnp.int8)
+        if isinstance(op, Conv) and weight == 1:
+            return np.int32(x.zero_point) * sums_of_kernel(op, x.codes.shape, pair[1].codes, out)
+        free = set(op.free(side, x.codes.ndim)) if isinstance(op, Dot) else _free_of(op)
+        operands = [pair[0].codes, pair[1].codes]
+        operands[side] = jnp.ones([1 if axis in free else n for axis, n in enumerate(x.codes.shape)], jnp.int8)
         return np.int32(x.zero_point) * op.apply(*operands, out_dtype=jnp.int32)
 
 
-def _free_of(op: Conv, side: int) -> set[int]:
-    """Return the axis of images or of kernels along which all sums of zero points are alike; groups are of several."""
-    if op.batch_groups > 1 or (side == 1 and op.feature_groups > 1):
-        return set()
-    return {(op.lhs_spec, op.rhs_spec)[side][0]}
+def _free_of(op: Conv) -> set[int]:
+    """Return the axis of kernels along which all sums of zero points are alike; groups are of several."""
+    return set() if op.batch_groups > 1 or op.feature_groups > 1 else {op.rhs_spec[0]}
 
 
 def _less_zero_points(op: Dot | Conv, acc: jax.Array, left: Coded, right: Coded) -> jax.Array:
