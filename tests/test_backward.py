@@ -174,6 +174,40 @@ def test_gradients_have_dynamic_symmetric_scales(grad):
         jaxq.Scheme(weight=jaxq.int8(), grad=grad)
 
 
+@pytest.mark.parametrize("grad", [jaxq.kmeans(4), jaxq.binary(), jaxq.ternary()])
+def test_gradients_have_formats_with_unbiased_rounding(grad):
+    with pytest.raises(ValueError, match="has no unbiased rounding"):
+        jaxq.Scheme(weight=jaxq.int8(), grad=grad)
+
+
+@pytest.mark.parametrize("grad", [jaxq.b158(), jaxq.int4(fit=jaxq.mse()), jaxq.int8(estimator=jaxq.EWGS())])
+def test_gradients_are_not_clipped(grad):
+    with pytest.raises(ValueError, match="a fit clips gradients"):
+        jaxq.Scheme(weight=jaxq.int8(), grad=grad)
+
+
+def test_gradients_to_be_rounded_stochastically_need_a_key():
+    scheme = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=jaxq.int8(rounding=jaxq.Stochastic()))
+    with pytest.raises(ValueError, match="by a key that is not there: up"):
+        jaxq.qat(lambda params, x: x @ params["up"], scheme)({"up": jnp.eye(4)}, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("grad", [jaxq.float8(), jaxq.float8_e5m2()], ids=["e4m3", "e5m2"])
+def test_gradients_in_floats_are_unbiased(grad):
+    """The mean over many keys is the gradient that is not rounded, to within four standard errors of every number."""
+    x, w = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(16, 8), (8, 5)]))
+
+    def gradient(grad, key=None):
+        scheme = jaxq.Scheme(weight=jaxq.int8(), act=jaxq.int8(), grad=grad)
+        return jax.grad(lambda w: jnp.sum(jaxq.qat(lambda w, x: jnp.tanh(x @ w), scheme, key=key)(w, x) ** 2))(w)
+
+    drawn = jax.jit(jax.vmap(lambda key: gradient(grad, key)))(jax.random.split(jax.random.key(2), 4000))
+    drawn = np.asarray(drawn, np.float64)
+    assert (drawn.std(0) > 0).all()
+    errors = (drawn.mean(0) - gradient(jaxq.Backward())) / (drawn.std(0) / np.sqrt(len(drawn)))
+    assert np.abs(errors).max() < 4
+
+
 @pytest.mark.parametrize("operand", [{"weight": jaxq.int8(group=4)}, {"act": jaxq.uint8()}])
 def test_operands_have_one_scale_along_a_sum(operand):
     with pytest.raises(ValueError, match="drop group= and symmetric=False from " + next(iter(operand))):

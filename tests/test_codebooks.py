@@ -239,6 +239,7 @@ def test_frozen_values_stay_with_their_centroids():
 
     by_plan, by_params = jax.grad(loss, argnums=(0, 1))(plan, params)
     assert not by_params["w"].any() and not by_plan.range("w")[1].value[1].any()
+    assert jaxq.labels(plan).range("w")[1].value == ("learned", "fixed")
     rate = 1e-2 * np.ptp(params["w"])
     moved = jax.tree.map(lambda leaf, g: leaf - rate * g, plan, by_plan)  # so far that centroids pass one another
     moved = jaxq.Plan.from_json(moved.to_json())

@@ -86,7 +86,12 @@ def test_training_with_learned_steps_comes_to_rest():
 
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [({"*": None}, "no weight is quantized"), (jaxq.weight_only(jaxq.binary()), "not those of binary")],
+    [
+        ({"*": None}, "no weight is quantized"),
+        (jaxq.weight_only(jaxq.binary()), "up: freezing averages integer codes, not those of binary"),
+        (jaxq.weight_only(jaxq.b158()), "up: rounded weights have another scale by MeanAbs"),
+        (jaxq.weight_only(jaxq.int4(fit=jaxq.percentile(95))), "up: rounded weights have another scale by Percentile"),
+    ],
 )
 def test_what_cannot_freeze_is_refused(policy, message):
     params = {"up": jnp.ones((6, 5)), "head": jnp.ones((5, 2))}

@@ -643,6 +643,17 @@ def test_weights_in_groups(weight):
             assert (np.abs(np.asarray(got[name], np.float64) - want) <= 50 * 2.0**-23 * sizes).all()
 
 
+def test_a_first_layer_of_unsigned_codes():
+    """Three channels, and so many images and one: what a GPU's library pads, and where its sums were once wrong."""
+    weight, act = SCHEMES["static, asymmetric"]
+    rng, options = np.random.default_rng(0), (ONE, SAME, ONE, ONE, LAST, 1)
+    w = represented(rng, (3, 3, 3, 16), (0, 1, 2), weight)
+    for images in (1, 8):
+        x = represented(rng, (images, 32, 32, 3), (0, 1, 2, 3), act)
+        got = quantized(lambda w, x: convolve(x, w, options), scheme_of("static, asymmetric"), w[1], x[1])
+        assert_near(got, oracle.conv_general_dilated(x[0], w[0], *options))
+
+
 SOME_CONVS = [
     "CHWN",
     "NHWC to NCHW",

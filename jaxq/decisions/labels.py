@@ -27,6 +27,8 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
     >>> optimizer = optax.multi_transform(kinds, (jaxq.labels(plan), {"w": "weights"}))
     >>> state = optimizer.init((plan, params))
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"labels are those of a plan's leaves, got {plan!r}: see jaxq.make_plan or jaxq.observe")
     pairs = list(zip(plan.names, plan.ranges, strict=True))
     found = [name for name, site in pairs if any(isinstance(leaf, Parameters) for leaf in site)]
     if not found:
@@ -38,10 +40,20 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
     if missed := [name for name, label in chosen.items() if label is None]:
         raise ValueError(f"no label for {', '.join(missed)}: add a glob, such as '*', after the others")
 
+    quantizers = {d.site.name: d.ranged for d in plan.decisions}
+
     def labelled(name: str, leaf: Leaf | None) -> Any:
         if not isinstance(leaf, Parameters):
             return jax.tree.map(lambda _: fixed, leaf)
         return Parameters(jax.tree.map(lambda _: chosen[name], leaf.value), fixed)
 
-    ranges = tuple(tuple(labelled(name, leaf) for leaf in site) for name, site in pairs)
+    def of_site(name: str, site: tuple[Leaf | None, ...]) -> tuple[Any, ...]:
+        found = [labelled(name, leaf) for leaf in site]
+        for n, q in enumerate(quantizers.get(name, ())):
+            if found[n] is not None and q is not None and q.learned and q.calibrator.frozen:
+                # What values are assigned by stays, the centroids of it are trained.
+                found[n] = found[n]._replace(value=(found[n].value[0], fixed))
+        return tuple(found)
+
+    ranges = tuple(of_site(name, site) for name, site in pairs)
     return dataclasses.replace(plan, ranges=ranges)

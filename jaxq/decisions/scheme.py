@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxq.numbers.fits import DKM
-from jaxq.numbers.formats import vector_length
+from jaxq.numbers.formats import Fixed, Float, Int, Levels, vector_length
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.outputs import FUNCTIONS
 
@@ -32,6 +32,16 @@ class Backward:
                 raise ValueError(
                     f"gradients change at every step: Backward({role}=) takes a dynamic, symmetric quantizer without "
                     f"groups, such as jaxq.int8(), got {value!r}"
+                )
+            if value is not None and (not isinstance(value.format, (Int, Fixed, Float)) or value.scaling is not None):
+                raise ValueError(
+                    f"{value.format} has no unbiased rounding, which gradients need: use jaxq.int8() or jaxq.float8() "
+                    f"in Backward({role}=)"
+                )
+            if value is not None and (value.fit is not None or value.estimator is not None or value.drop):
+                raise ValueError(
+                    f"a fit clips gradients, and they have no estimator and no drop: remove these from {value!r} in "
+                    f"Backward({role}=)"
                 )
 
     def of(self, role: str) -> Quantizer | None:
@@ -91,6 +101,11 @@ class Scheme:
         if self.weight is not None and self.weight.symmetric and not self.weight.format.signed:
             raise ValueError(
                 "unsigned symmetric codes clip every negative weight: use jaxq.uint8(), which has a zero point"
+            )
+        if self.weight is not None and isinstance(self.weight.format, Levels) and min(self.weight.format.values) >= 0:
+            raise ValueError(
+                f"{self.weight.format} has no negative levels, so that every negative weight would be zero: add "
+                "signed=True to Scheme(weight=)"
             )
         self._check_acts()
         if self.out is not None:

@@ -47,7 +47,7 @@ class Rounding(NamedTuple):
         if self.quantizer is None:
             return g
         grid = self.quantizer.grid(g.shape, contracted)
-        if self.key is None or not self.quantizer.integer:
+        if self.key is None or self.quantizer.format.bits == 16:
             return codecs.encode(self.quantizer, g, grid).plain()
         return codecs.encode_stochastically(self.quantizer, g, grid, self.key).plain()
 

@@ -16,7 +16,8 @@ from jax import lax
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.interpretation.latent import codes_of_leaves
-from jaxq.interpretation.transforms import DEFAULT
+from jaxq.interpretation.transforms import DEFAULT, make_plan
+from jaxq.numbers.fits import MSE
 from jaxq.numbers.formats import Fixed, Int
 from jaxq.numbers.qarray import QArray
 
@@ -49,8 +50,9 @@ def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 
     that does so more often than `threshold`, a number or a schedule's value at this step, is frozen: from then on it is
     the average of its codes, rounded, times its scale (Nagel et al. 2022, eq. 7 and algorithm 1). Call it after every
     step of the optimizer; with learned steps, with the plan of that step: `freezing(f, plan).update(...)`. Raises
-    `ValueError` for weights that are derived from several leaves, for codes other than integers and fixed point, and
-    where nothing is quantized.
+    `ValueError` for weights that are derived from several leaves, for codes other than integers and fixed point, for
+    scales that rounding would change (a mean, a percentile), so that what is frozen would shrink, and where nothing is
+    quantized.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, x = (lambda p, x: x @ p["w"]), jnp.ones((1, 2))
@@ -65,6 +67,7 @@ def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 
         raise ValueError(f"momentum= of a moving average is a number in (0, 1], got {momentum!r}")
 
     def init(*args, **kwargs) -> Oscillations:
+        _check_sites(make_plan(f, policy, argnums=argnums)(*args, **kwargs))
         codes = [_wide(q) for q in _checked(codes_of_leaves(f, policy, argnums, args, kwargs)) if q is not None]
         none = tuple(jnp.zeros_like(c) for c in codes)
         return Oscillations(tuple(codes), none, none, tuple(codes), tuple(jnp.zeros(c.shape, bool) for c in codes))
@@ -83,10 +86,25 @@ def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 
     return Freezing(init, update)
 
 
+def _check_sites(plan: Plan) -> None:
+    """Raise for weights whose codes have no average, or whose scale is another one once they are rounded."""
+    for decision in plan.decisions:
+        site = decision.site.name
+        q = decision.scheme.weight if decision.scheme and decision.site.weight else None
+        if q is None:
+            continue
+        if not isinstance(q.format, (Int, Fixed)):
+            raise ValueError(
+                f"{site}: freezing averages integer codes, not those of {q.format}: leave this site out of the policy"
+            )
+        if not (q.fit is None or isinstance(q.fit, MSE)):
+            raise ValueError(
+                f"{site}: rounded weights have another scale by {q.fit!r}, so that frozen ones would shrink: freeze "
+                "them with calibrator=jaxq.learned(), or without fit="
+            )
+
+
 def _checked(codes: Sequence[QArray | None]) -> Sequence[QArray | None]:
-    formats = {str(q.format) for q in codes if q is not None and not isinstance(q.format, (Int, Fixed))}
-    if formats:
-        raise ValueError(f"freezing averages integer codes, not those of {', '.join(sorted(formats))}: leave them out")
     if all(q is None for q in codes):
         raise ValueError(
             "no weight is quantized here, so nothing can be frozen: give their sites a scheme with weight="

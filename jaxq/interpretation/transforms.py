@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxq.decisions import resolve
+from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.decisions.recipes import Uniform, w8a8
@@ -147,12 +148,18 @@ def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=
 
 def _check_key(program: Program) -> None:
     """Raise where a site would round stochastically, or drop quantization."""
-    noisy = [d.site.name for d in program.decisions if any(q is not None and q.noisy for q in d.quantizers)]
+    noisy = [d.site.name for d in program.decisions if any(q is not None and q.noisy for q in _trained_by(d))]
     if noisy:
         raise ValueError(
             f"these sites round stochastically, or drop quantization, by a key that is not there: {', '.join(noisy)}; "
             "train with jaxq.qat(f, policy, key=key), a new key for every step"
         )
+
+
+def _trained_by(decision: Decision) -> tuple[Quantizer | None, ...]:
+    """Return the quantizers of a site, those of its backward products included."""
+    backward = decision.scheme.backward if decision.scheme else None
+    return (*decision.quantizers, *((backward.act, backward.weight) if backward else ()))
 
 
 def check_observed(program: Program, blank: Collection[str]) -> None:

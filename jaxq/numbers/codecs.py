@@ -36,12 +36,15 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Sequence[int], r: Range | N
 def encode_stochastically(
     quantizer: Quantizer, x: jax.Array, grid: Sequence[int], key: jax.Array, r: Range | None = None
 ) -> QArray:
-    """Return integer codes rounded up with the probability of the fraction: unbiased where nothing is clipped.
+    """Return codes rounded up with the probability of the fraction: unbiased where nothing is clipped.
 
-    Raises `TypeError` for formats that are not integers or fixed point.
+    Raises `TypeError` for formats that are not integers, fixed point or floats of at most 8 bits.
     """
-    if not isinstance(quantizer.format, (Int, Fixed)) or quantizer.scaling is not None:
-        raise TypeError(f"integers and fixed point are rounded stochastically, {quantizer!r} is not: drop key=")
+    form = quantizer.format
+    if isinstance(form, Float) and form.bits <= 8 and quantizer.scaling is None:
+        return _scaled(quantizer, x, tuple(grid), r, form.largest, lambda v: floats.encode(form, v, key))
+    if not isinstance(form, (Int, Fixed)) or quantizer.scaling is not None:
+        raise TypeError(f"integers, fixed point and small floats are rounded stochastically, {quantizer!r} is not")
     fitted = _affine(quantizer, x, grid, r)
     codes = affine.encode(quantizer, x, fitted, key)
     return QArray(codes, fitted.scale, fitted.zero_point, quantizer.format, x.dtype)

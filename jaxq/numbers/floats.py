@@ -1,4 +1,4 @@
-"""Small floating-point formats: 16, 8, 6 and 4 bits, rounded to nearest even and saturating.
+"""Small floating-point formats: 16, 8, 6 and 4 bits, rounded to nearest even or stochastically, and saturating.
 
 A `Float` is a sign, `exponent_bits` and `mantissa_bits`; its codes are the bit patterns, ordered as the magnitudes they
 stand for, so that rounding is one shift of the float32 significand, done in integers for every format at once. A cast
@@ -98,8 +98,11 @@ E2M3 = Float(2, 3, 0, "float6_e2m3fn")
 E2M1 = Float(2, 1, 0, "float4_e2m1fn")
 
 
-def encode(format: Float, x: jax.Array) -> jax.Array:
+def encode(format: Float, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Round to the nearest number of `format`, ties to even, and saturate: `|decode(encode(x))| <= format.largest`.
+
+    With a key, round up with the probability of what is cut off: unbiased where nothing saturates (Gupta et al.
+    2015).
 
     x: [*shape] float32, bfloat16 or float16; codes: [*shape] in `format.storage`. The sign of zero is kept. NaN gives
     NaN if the format has one. Raises `TypeError` for other dtypes. IEEE 754; OCP OFP8 and MX v1.0, section 5.3.
@@ -112,7 +115,7 @@ def encode(format: Float, x: jax.Array) -> jax.Array:
         raise TypeError(f"{format} encodes float32, bfloat16 or float16 arrays, got {x.dtype}; convert it first")
     bits = lax.bitcast_convert_type(lax.convert_element_type(x, jnp.float32), jnp.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
-    codes = lax.min(_rounded(format, magnitude), np.uint32(format.top))
+    codes = lax.min(_rounded(format, magnitude, key), np.uint32(format.top))
     if format.reserved:
         codes = jnp.where(magnitude > np.uint32(0x7F800000), np.uint32(2 ** (format.bits - 1) - 1), codes)
     codes = codes | ((bits >> 31) << (format.bits - 1))
@@ -120,8 +123,8 @@ def encode(format: Float, x: jax.Array) -> jax.Array:
     return codes if format.storage == jnp.uint8 else lax.bitcast_convert_type(codes, format.storage)
 
 
-def _rounded(format: Float, magnitude: jax.Array) -> jax.Array:
-    """Return the code nearest to a float32 bit pattern without sign, as if the exponent had no upper end.
+def _rounded(format: Float, magnitude: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Return the code next to a float32 bit pattern without sign, as if the exponent had no upper end.
 
     With `|x| = significand * 2 ** (exponent - 150)` and `lowest` the exponent of the smallest normal number, the code
     is `round(significand / 2 ** shift) + (max(exponent, lowest) - lowest) * 2 ** mantissa_bits`; a carry out of the
@@ -130,11 +133,17 @@ def _rounded(format: Float, magnitude: jax.Array) -> jax.Array:
     lowest = np.uint32(128 - format.bias)
     exponent = lax.max(magnitude >> 23, np.uint32(1))
     significand = magnitude - ((exponent - 1) << 23)
-    # At 25 the whole significand is less than half of a step: all further shifts are alike.
-    shift = lax.min(23 - format.mantissa_bits + lowest - lax.min(exponent, lowest), np.uint32(25))
-    below_half = (np.uint32(1) << (shift - 1)) - 1
-    odd = (significand >> shift) & 1
-    steps = (significand + below_half + odd) >> shift
+    shift = 23 - format.mantissa_bits + lowest - lax.min(exponent, lowest)
+    if key is None:
+        # At 25 the whole significand is less than half of a step: all further shifts are alike.
+        shift = lax.min(shift, np.uint32(25))
+        below_half = (np.uint32(1) << (shift - 1)) - 1
+        odd = (significand >> shift) & 1
+        steps = (significand + below_half + odd) >> shift
+    else:
+        significand = significand >> lax.min(lax.max(shift, np.uint32(31)) - 31, np.uint32(24))
+        shift = lax.min(shift, np.uint32(31))
+        steps = (significand + (jax.random.bits(key, magnitude.shape, jnp.uint32) >> (32 - shift))) >> shift
     return steps + ((lax.max(exponent, lowest) - lowest) << format.mantissa_bits)
 
 

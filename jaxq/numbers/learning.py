@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.numbers import apot, codebooks, codecs, steps, ttq
+from jaxq.numbers import apot, blocks, codebooks, codecs, steps, ttq
 from jaxq.numbers.blocks import varying_axes
 from jaxq.numbers.formats import Codebook, Int, Levels, vector_length
 from jaxq.numbers.parameters import OF_ZEROS, Learned, Parameters, is_settled
@@ -56,9 +56,14 @@ def observe(
 ) -> Parameters:
     """Return one observation: the best parameters of an array, which are looked for only where there are none yet.
 
-    importance: what the squared error of each value counts, of x's shape; of codebooks only.
+    importance: what the squared error of each value counts, of x's shape; of codebooks only. Channels of zeros, and
+    groups of them, say nothing of what they will be trained to: they start as other weights of a layer do before they
+    are trained, with a variance of one over their number (LeCun et al. 1998, section 4.6).
     """
     x = lax.stop_gradient(x)
+    settled = jnp.any(x != 0) | is_settled(old.count)
+    if _has_zero_channels(quantizer):
+        x = _drawn(x, grid)
 
     def start() -> Any:
         return _trait(quantizer).start(quantizer, x, grid, importance)
@@ -68,7 +73,23 @@ def observe(
     value = start() if apart else lax.cond(is_settled(old.count), lambda: jax.tree.map(jnp.asarray, old.value), start)
     if 0 in x.shape:
         return Parameters(value, jnp.float32(0))
-    return Parameters(value, jnp.where(jnp.any(x != 0) | is_settled(old.count), jnp.float32(1), jnp.float32(OF_ZEROS)))
+    return Parameters(value, jnp.where(settled, jnp.float32(1), jnp.float32(OF_ZEROS)))
+
+
+def _has_zero_channels(quantizer: Quantizer) -> bool:
+    """Tell whether it is for weights, which activations are not by channel, and zeros stay zero whatever is learned."""
+    assert isinstance(quantizer.calibrator, Learned), "only learned quantizers have parameters"
+    ternary = quantizer.calibrator.threshold is not None
+    return ternary or not (quantizer.per_tensor or isinstance(quantizer.format, Codebook))
+
+
+def _drawn(x: jax.Array, grid: Grid) -> jax.Array:
+    """Return the array with evenly spread numbers, of a variance of one over their number, in its blocks of zeros."""
+    rows = blocks.to_rows(x, grid)
+    count = rows.shape[1]
+    spread = jnp.asarray(np.linspace(-1, 1, count) * np.sqrt(3 / max(1, count)), x.dtype)
+    empty = jnp.all(rows == 0, axis=1, keepdims=True)
+    return blocks.from_rows(jnp.where(empty, spread[None], rows), grid, x.shape)
 
 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, parameters: Parameters) -> QArray:
