@@ -57,6 +57,18 @@ def test_gradients_of_signs(estimator, slope):
     np.testing.assert_allclose(got, by_hand(W) * slope(W.astype(np.float64)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", [jaxq.HardTanh(), jaxq.ApproxSign()], ids=repr)
+def test_gradients_of_signs_in_forward_mode(estimator):
+    """A derivative along a direction is the gradient times the direction."""
+    policy, direction = (
+        jaxq.weight_only(jaxq.binary(estimator=estimator)),
+        jnp.asarray(RNG.normal(size=W.shape), W.dtype),
+    )
+    _, along = jax.jvp(lambda w: jnp.sum(G * jaxq.qat(product, policy)(w, X)), (W,), (direction,))
+    gradient = np.asarray(pulled(jaxq.binary(estimator=estimator)), np.float64)
+    np.testing.assert_allclose(along, np.sum(gradient * direction), rtol=1e-4)
+
+
 @pytest.mark.parametrize("quantizer", [jaxq.int4(estimator=jaxq.EWGS(0.1)), jaxq.binary(estimator=jaxq.ApproxSign())])
 def test_forward_passes_and_serving_know_of_no_estimator(quantizer):
     policy = jaxq.Scheme(weight=quantizer, act=jaxq.int8(estimator=jaxq.EWGS()))

@@ -343,9 +343,9 @@ def test_steps_of_a_recurrent_state_do_not_start_from_its_zeros(loop):
     ids=["4 bits", "8 bits", "apot", "ttq"],
 )  # fmt: skip
 def test_a_layer_of_zeros_is_zero_and_can_be_trained(weight):
-    """As the last layer of a block, or an adapter, often starts: the loss falls by half at least with the steps as they are.
+    """As the last layer of a block, or an adapter, often starts: the loss falls by half at least.
 
-    Their steps are those of weights of the usual size, so that a few small updates change a code.
+    The steps, which stay, are for weights of the usual size, so that a few small updates change a code.
     """
     rng = np.random.default_rng(0)
     x, target = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((32, 12), (12, 4)))

@@ -79,7 +79,7 @@ def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: jax.Array) -> 
 
 
 def passed(quantizer: Quantizer, x: jax.Array, q: QArray, dx: jax.Array) -> jax.Array:
-    """Return the gradient, everywhere for weights, where nothing is clipped for levels of one side only (the authors' code)."""
+    """Return the gradient, of levels of one side only where nothing is clipped (else the authors' code has none)."""
     if _form(quantizer).values[0] < 0:
         return dx
     return lax.select(_inside(quantizer, _units(x, q.scale)), dx, lax.full_like(dx, 0))

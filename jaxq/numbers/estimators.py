@@ -79,20 +79,39 @@ class ApproxSign:
 Estimator = EWGS | HardTanh | ApproxSign
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def shaped(estimator: Estimator, x: jax.Array, error: jax.Array) -> jax.Array:
-    """Return `x`; the gradient that comes back to it is the estimator's. error: as `pull` takes it."""
+    """Return `x`; the gradient that comes back to it is the estimator's. error: as `pull` takes it.
+
+    In forward mode a tangent is scaled likewise; EWGS, which is not linear in the gradient, has no forward mode.
+    """
+    return (_by_gradient if isinstance(estimator, EWGS) else _by_tangent)(estimator, x, error)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_tangent(estimator: HardTanh | ApproxSign, x: jax.Array, error: jax.Array) -> jax.Array:
     del error
     return x
 
 
-def _forward(estimator: Estimator, x: jax.Array, error: jax.Array):
+@_by_tangent.defjvp
+def _pushed(estimator: HardTanh | ApproxSign, primals: tuple[jax.Array, jax.Array], tangents: tuple):
+    x, error = primals
+    return x, estimator.pull(tangents[0], x, error)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_gradient(estimator: EWGS, x: jax.Array, error: jax.Array) -> jax.Array:
+    del error
+    return x
+
+
+def _forward(estimator: EWGS, x: jax.Array, error: jax.Array):
     return x, (x, error)
 
 
-def _backward(estimator: Estimator, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _backward(estimator: EWGS, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
     x, error = saved
     return estimator.pull(gradient, x, lax.convert_element_type(error, gradient.dtype)), jnp.zeros_like(error)
 
 
-shaped.defvjp(_forward, _backward)
+_by_gradient.defvjp(_forward, _backward)
