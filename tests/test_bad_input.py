@@ -851,3 +851,24 @@ def test_arrays_that_are_not_float_are_not_quantized(dtype):
     x = jnp.ones((3, 4), dtype)
     refuses(lambda: jaxq.int8()(x), dtype, "float", error=TypeError)
     refuses(lambda: jaxq.linear_quantize(x, 8), dtype, "float", error=TypeError)
+
+
+LEARNED = jaxq.Quantizer(jaxq.Int(4), per_tensor=True, calibrator=jaxq.learned())
+
+
+@pytest.mark.parametrize(
+    "policy", [jaxq.w8a8(static=True), jaxq.Scheme(weight=LEARNED, act=LEARNED)], ids=["ranges", "steps"]
+)
+def test_ranges_that_saw_nothing_show_in_a_compiled_program(policy):
+    """Nobody can tell while a plan is traced, so no error: NaN, not numbers, until the plan has seen something."""
+
+    def f(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    plan = jaxq.make_plan(f, policy)(params, x)
+    for program in (jaxq.qat, jaxq.quantize):
+        assert np.isnan(jax.jit(lambda plan, program=program: program(f, plan)(params, x))(plan)).all()
+    y, seen = jax.jit(lambda plan: jaxq.observe(f, plan, quantized=True)(params, x))(plan)
+    np.testing.assert_array_equal(jax.jit(lambda plan: jaxq.qat(f, plan)(params, x))(seen), y)
+    np.testing.assert_allclose(y, x, rtol=0.1)

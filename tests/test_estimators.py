@@ -155,3 +155,7 @@ def test_labels_that_match_nothing_are_refused():
         jaxq.labels(observed(jaxq.weight_only(STEPS)), {})
     with pytest.raises(ValueError, match="nothing is learned"):
         jaxq.labels(jaxq.make_plan(model, jaxq.w8a8())(PARAMS, X))
+    with pytest.raises(ValueError, match="have one label, 'fixed'"):
+        jaxq.labels(observed(jaxq.weight_only(STEPS)), "fixed")
+    with pytest.raises(TypeError, match="labels are those of a plan's leaves"):
+        jaxq.labels(jaxq.w8a8())

@@ -79,6 +79,18 @@ def test_serving_rounds_to_nearest(name):
     np.testing.assert_array_equal(jax.jit(jaxq.quantize(product, policy))(jaxq.convert(product, policy)(W, X), X), want)
 
 
+@pytest.mark.parametrize(
+    "key", [0, "a", jax.random.split(jax.random.key(0), 3), jnp.zeros(2)], ids=["int", "text", "three", "floats"]
+)
+def test_what_is_no_key(key):
+    with pytest.raises(TypeError, match="key= is one key, such as jax.random.key"):
+        jaxq.qat(product, jaxq.weight_only(ROUNDED["int4"]), key=key)
+
+
+def test_a_raw_key_is_a_key():
+    jaxq.qat(product, jaxq.weight_only(ROUNDED["int4"]), key=jax.random.PRNGKey(0))(W, X)
+
+
 def test_no_key_is_an_error_that_says_so():
     with pytest.raises(ValueError, match=r"key=key"):
         jaxq.qat(product, jaxq.weight_only(ROUNDED["int4"]))(W, X)

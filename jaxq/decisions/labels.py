@@ -1,7 +1,7 @@
 """Labels for the leaves of a plan, by which optax trains each kind in its own way."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import matches
 from jaxq.numbers.calibrators import Leaf
-from jaxq.numbers.parameters import Parameters
+from jaxq.numbers.parameters import Learned, Parameters
+from jaxq.numbers.quantizers import Quantizer
 
 
 def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: str = "fixed") -> Plan:
@@ -31,29 +32,34 @@ def labels(plan: Plan, learned: str | Mapping[str, str] = "learned", *, fixed: s
         raise TypeError(f"labels are those of a plan's leaves, got {plan!r}: see jaxq.make_plan or jaxq.observe")
     pairs = list(zip(plan.names, plan.ranges, strict=True))
     found = [name for name, site in pairs if any(isinstance(leaf, Parameters) for leaf in site)]
-    if not found:
-        raise ValueError("nothing is learned in this plan: give a quantizer calibrator=jaxq.learned()")
-    rules = {"*": learned} if isinstance(learned, str) else dict(learned)
-    chosen = {name: next((label for glob, label in rules.items() if matches(name, glob)), None) for name in found}
-    if idle := [glob for glob in rules if not any(matches(name, glob) for name in found)]:
-        raise ValueError(f"no site with learned parameters matches {', '.join(idle)}; they are: {', '.join(found)}")
-    if missed := [name for name, label in chosen.items() if label is None]:
-        raise ValueError(f"no label for {', '.join(missed)}: add a glob, such as '*', after the others")
-
+    chosen = _chosen(found, learned, fixed)
     quantizers = {d.site.name: d.ranged for d in plan.decisions}
 
-    def labelled(name: str, leaf: Leaf | None) -> Any:
+    def labelled(name: str, leaf: Leaf | None, quantizer: Quantizer | None) -> Any:
         if not isinstance(leaf, Parameters):
             return jax.tree.map(lambda _: fixed, leaf)
-        return Parameters(jax.tree.map(lambda _: chosen[name], leaf.value), fixed)
+        value = jax.tree.map(lambda _: chosen[name], leaf.value)
+        calibrator = None if quantizer is None else quantizer.calibrator
+        if isinstance(calibrator, Learned) and calibrator.frozen:
+            value = (chosen[name], fixed)  # centroids are trained, what values are assigned by stays
+        return Parameters(value, fixed)
 
-    def of_site(name: str, site: tuple[Leaf | None, ...]) -> tuple[Any, ...]:
-        found = [labelled(name, leaf) for leaf in site]
-        for n, q in enumerate(quantizers.get(name, ())):
-            if found[n] is not None and q is not None and q.learned and q.calibrator.frozen:
-                # What values are assigned by stays, the centroids of it are trained.
-                found[n] = found[n]._replace(value=(found[n].value[0], fixed))
-        return tuple(found)
-
-    ranges = tuple(of_site(name, site) for name, site in pairs)
+    ranges = tuple(
+        tuple(labelled(name, *pair) for pair in zip(site, quantizers[name], strict=True)) for name, site in pairs
+    )
     return dataclasses.replace(plan, ranges=ranges)
+
+
+def _chosen(found: Sequence[str], learned: str | Mapping[str, str], fixed: str) -> dict[str, str]:
+    """Return the label of each of the sites that learn."""
+    if not found:
+        raise ValueError("nothing is learned in this plan: give a quantizer calibrator=jaxq.learned()")
+    if learned == fixed:
+        raise ValueError(f"what is learned and what is fixed have one label, {fixed!r}: give them two")
+    rules = {"*": learned} if isinstance(learned, str) else dict(learned)
+    if idle := [glob for glob in rules if not any(matches(name, glob) for name in found)]:
+        raise ValueError(f"no site with learned parameters matches {', '.join(idle)}; they are: {', '.join(found)}")
+    chosen = {name: next((label for glob, label in rules.items() if matches(name, glob)), None) for name in found}
+    if missed := [name for name, label in chosen.items() if label is None]:
+        raise ValueError(f"no label for {', '.join(missed)}: add a glob, such as '*', after the others")
+    return {name: label for name, label in chosen.items() if label is not None}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxq.decisions import resolve
 from jaxq.decisions.decision import Decision
@@ -136,7 +137,8 @@ def _call(runner, policy, argnums, args, kwargs, *, watch="", trains=False, key=
     layout, leaves = take_apart(args, kwargs, argnums)
     given = None if importance is None else importances.by_leaf(importance, layout, argnums)
     if isinstance(policy, Plan):
-        static, ranges, blank = Static(_Decided(policy.decisions)), policy.ranges, frozenset(policy.unobserved())
+        ranges = policy.ranges if watch else _shown_if_blank(policy.ranges)
+        static, blank = Static(_Decided(policy.decisions)), frozenset(policy.unobserved())
     else:
         static, ranges, blank = Static(policy), (), frozenset()
     (out, changed), seen = runner(
@@ -154,6 +156,11 @@ def _check_key(program: Program) -> None:
             f"these sites round stochastically, or drop quantization, by a key that is not there: {', '.join(noisy)}; "
             "train with jaxq.qat(f, policy, key=key), a new key for every step"
         )
+
+
+def _shown_if_blank(ranges: tuple) -> tuple:
+    """Return ranges that are NaN where nothing was observed and nobody can tell before the program runs."""
+    return tuple(tuple(None if r is None else calibrators.shown_if_blank(r) for r in site) for site in ranges)
 
 
 def _trained_by(decision: Decision) -> tuple[Quantizer | None, ...]:
@@ -217,7 +224,7 @@ def qat(
     they are unbiased, and operands with `rounding=Stochastic()` or `drop=`, which have to have one; each site and
     iteration of a loop by its own, folded from it. Take a new one for every step. Arrays in the arguments are traced,
     everything else is static. Raises `ValueError` for a plan with unobserved static ranges or of another program,
-    `TypeError` for converted parameters.
+    `TypeError` for converted parameters, and for a key that is none.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> @jaxq.qat(policy=jaxq.w8a8())
@@ -226,9 +233,19 @@ def qat(
     >>> jax.grad(loss)({"w": jnp.eye(4)}, jnp.ones((2, 4)))["w"].shape
     (4, 4)
     """
+    if key is not None and not _is_key(key):
+        raise TypeError(f"key= is one key, such as jax.random.key(step), got {key!r}")
     if f is None:
         return functools.partial(qat, policy=policy, argnums=argnums, key=key)
     return _wrap(f, policy, argnums, trains=True, key=key)
+
+
+def _is_key(key: Any) -> bool:
+    """Tell whether it is one random key, typed or raw."""
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        return False
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == 0 if typed else key.dtype == np.uint32 and key.ndim == 1
 
 
 def quantize(f: Callable | None = None, policy: Policy | Plan = DEFAULT, *, argnums: Argnums = 0) -> Callable:

@@ -42,11 +42,11 @@ def _filled_up(op: Conv, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array
     missing = FEWEST_CHANNELS - kernel.shape[op.rhs_spec[1]]
     if image.shape[op.lhs_spec[0]] != 1 or missing <= 0:
         return image, kernel
-    sides = ((image, op.lhs_spec[1]), (kernel, op.rhs_spec[1]))
-    return tuple(
-        lax.pad(x, x.dtype.type(0), [(0, missing * (axis == channels), 0) for axis in range(x.ndim)])
-        for x, channels in sides
-    )
+
+    def filled_up(x: jax.Array, channels: int) -> jax.Array:
+        return lax.pad(x, x.dtype.type(0), [(0, missing * (axis == channels), 0) for axis in range(x.ndim)])
+
+    return filled_up(image, op.lhs_spec[1]), filled_up(kernel, op.rhs_spec[1])
 
 
 def parts(op: Conv, image: jax.Array, kernel: jax.Array) -> Iterator[Part]:

@@ -74,6 +74,23 @@ def is_blank(r: Leaf) -> bool:
     return not (np.all(seen) if isinstance(r, Parameters) else np.any(seen))
 
 
+def shown_if_blank(r: Leaf) -> Leaf:
+    """Return a leaf whose numbers are NaN where it is blank, if that is not known while the program is traced.
+
+    What is computed by them is NaN then: neither an error, which a compiled program cannot raise, nor a wrong number.
+    """
+    if not isinstance(r.count, jax.core.Tracer) or not np.size(r.count):
+        return r
+    seen = jnp.all(r.count > 0) if isinstance(r, Parameters) else jnp.any(r.count > 0)
+
+    def shown(x: Any) -> jax.Array:
+        return jnp.where(seen, x, jnp.float32(np.nan))
+
+    if isinstance(r, Parameters):
+        return r._replace(value=jax.tree.map(shown, r.value))
+    return r._replace(lo=shown(r.lo), hi=shown(r.hi))
+
+
 def is_seen(leaf: Leaf) -> jax.Array:
     """Tell where there is something to quantize by, [*stack]: parameters of zeros alone give way to others."""
     return is_settled(leaf.count) if isinstance(leaf, Parameters) else jnp.asarray(leaf.count) > 0
