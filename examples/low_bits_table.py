@@ -1,6 +1,7 @@
 """Turn what `low_bits.py` left in a folder into a Markdown table, a plot of bits against accuracy, and curves.
 
     python examples/low_bits_table.py FOLDER --out examples/results
+    python examples/low_bits_table.py --table examples/results/low_bits.md        # the plot alone, of a table
 
 Writes low_bits.md, low_bits.png and low_bits_curves.png. Means and standard deviations are over seeds.
 """
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any
+from typing import Any, NamedTuple
 
 ORDER = ("8", "4", "3", "2", "1", "k-means 32")
 PLACES = {bits: place for place, bits in enumerate(ORDER[:5])}  # of bits, from left to right
@@ -65,29 +66,58 @@ def table(groups: Groups, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(groups: Groups, out: Path) -> None:
-    """Draw accuracy against bits, and accuracy against epochs."""
+class Row(NamedTuple):
+    """A line of the table: percent, mean and standard deviation over seeds."""
+
+    task: str
+    bits: str
+    float: tuple[float, float]
+    quantized: tuple[float, float]
+
+
+def rows_of(text: str) -> list[Row]:
+    """Return the lines of a table of trained models; of lines of the same task and bits the last one."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "±" in line]
+    found = {}
+    for task, bits, *_, before, after, _ in lines:
+        numbers = (tuple(float(number) for number in cell.split("±")) for cell in (before, after))
+        found[task, bits] = Row(task, bits, *numbers)
+    return list(found.values())
+
+
+def draw_bits(rows: Sequence[Row], out: Path) -> None:
+    """Draw accuracy against bits, a panel for each task, the float model dotted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tasks = list(dict.fromkeys(row.task for row in rows if row.bits in PLACES))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.4 * len(tasks), 2.8), layout="constrained", squeeze=False, sharex=True
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
+        own = [row for row in rows if row.task == task and row.bits in PLACES]
+        means, spread = zip(*(row.quantized for row in own), strict=True)
+        axis.errorbar([PLACES[row.bits] for row in own], means, spread, marker="o", capsize=3)
+        for row in own:
+            axis.axhline(row.float[0], ls=":", lw=1, color="gray")
+        axis.set_xticks(list(PLACES.values()), list(PLACES))
+        axis.set_title(task, fontsize=9)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    figure.supxlabel("bits of weights and activations (dotted: float)", fontsize=9)
+    figure.savefig(out / "low_bits.png", dpi=120)
+    plt.close(figure)
+
+
+def draw_curves(groups: Groups, out: Path) -> None:
+    """Draw accuracy against epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     tasks = list(dict.fromkeys(task for task, _ in groups))
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for color, task in zip(plt.cm.tab10.colors, tasks, strict=False):
-        found = {bits: results for (name, bits), results in groups.items() if name == task and bits in PLACES}
-        if not found:
-            continue
-        means = [100 * mean(r["quantized"] for r in results) for results in found.values()]
-        spread = [100 * pstdev([r["quantized"] for r in results]) for results in found.values()]
-        axis.errorbar([PLACES[bits] for bits in found], means, spread, color=color, marker="o", capsize=3, label=task)
-        axis.axhline(100 * mean(r["float"] for rs in found.values() for r in rs), color=color, ls=":", lw=1)
-    axis.set_xticks(list(PLACES.values()), list(PLACES))
-    axis.set(xlabel="bits of weights and activations (dotted: float)", ylabel="test accuracy, %")
-    axis.legend()
-    figure.savefig(out / "low_bits.png", dpi=120)
-    plt.close(figure)
-
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for (name, bits), results in groups.items():
@@ -106,12 +136,21 @@ def draw(groups: Groups, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="draw the accuracies of a table, in its folder")
     parser.add_argument("--out", type=Path, default=Path("examples/results"))
     parser.add_argument(
         "--command", default="python examples/low_bits.py --out FOLDER", help="to be named in the table"
     )
     options = parser.parse_args(argv)
+    if (options.folder is None) == (options.table is None):
+        parser.error("name a FOLDER of runs or a --table, one of the two")
+    if options.table:
+        rows = rows_of(options.table.read_text())
+        if not rows:
+            parser.error(f"no lines of trained models in {options.table}")
+        draw_bits(rows, options.table.parent)
+        return
     groups = grouped(options.folder)
     if not groups:
         parser.error(f"no runs (*.json) in {options.folder}")
@@ -119,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(groups, options.command)
     (options.out / "low_bits.md").write_text(text)
     print(text)
-    draw(groups, options.out)
+    draw_bits(rows_of(text), options.out)
+    draw_curves(groups, options.out)
 
 
 if __name__ == "__main__":
