@@ -298,8 +298,10 @@ def states(step, shape, bounds, length):
         if not any(steps):
             return within(bounds)
     shares = [step / old if old > step else 0.0 for old, step in zip(before, steps, strict=True)]
-    settled = [b + 1.001 * step * r / (1 - r) for b, step, r in zip(bounds, steps, shares, strict=True)]
-    if not any(grown(settled)[1]):
+    rests = [1.001 * step * r / (1 - r) for step, r in zip(steps, shares, strict=True)]
+    settled = [b + rest for b, rest in zip(bounds, rests, strict=True)]
+    short = all(rest <= 17 / 16 * length * step for rest, step in zip(rests, steps, strict=True))
+    if short and not any(grown(settled)[1]):
         return within(settled)
     return within([b + 17 / 16 * length * step for b, step in zip(bounds, steps, strict=True)])
 

@@ -16,11 +16,14 @@ from jax import lax
 from jaxq.integer.scales import (
     FAR,
     FRACTION,
+    SMALLER,
+    alongside,
     beside,
     check_whole,
     coarser,
     constant,
     finite,
+    is_full,
     power_above,
     refined,
     shifted,
@@ -88,7 +91,10 @@ def neg(eqn: Eqn, a):
 
 
 def mul(eqn: Eqn, a, b) -> Coded:
-    """By a constant: its scale. Of two values: the product of 64 bits, shifted down to thirty."""
+    """By a constant: its scale. Of two values: the product of 64 bits, shifted down to thirty.
+
+    The program's own integers of 32 bits are not shifted: most of them are small, and nothing would be left.
+    """
     del eqn
     if isinstance(a, Constant):
         a, b = b, a
@@ -97,6 +103,8 @@ def mul(eqn: Eqn, a, b) -> Coded:
     a, b = widened(a), widened(b)
     reach = float(a.reach.max()) * float(b.reach.max())
     down = max(0, math.ceil(math.log2(reach / ROOM)))
+    if down and any(is_full(v) for v in (a, b)):
+        raise Refusal(f"may drop the last bits of integers of 32 bits: {SMALLER}")
     codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
     codes = lax.optimization_barrier(codes)  # computed once, however many read it
     end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
@@ -164,7 +172,9 @@ def compare(eqn: Eqn, a, b) -> Plain:
     elif isinstance(b, Constant):
         v, c, rounding = a, b, _ROUNDED[eqn.primitive]
     else:
-        return Plain(jaxpr.rebind(eqn, *(v.codes for v in together([a, b])))[0])
+        return Plain(jaxpr.rebind(eqn, *(v.codes for v in alongside([a, b])))[0])
+    if np.isnan(c.reals).any():
+        raise Refusal("compares with NaN, for which there is no code: use jnp.isnan")
     v = widened(v)
     steps = rounding(np.broadcast_to(c.reals / v.scale, np.broadcast_shapes(c.reals.shape, v.scale.shape)))
     threshold = jnp.broadcast_to(jnp.asarray(np.clip(steps, *INT32), jnp.int32), v.codes.shape)

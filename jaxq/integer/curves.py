@@ -4,6 +4,8 @@ Of an int8 value a function is a table of its 256 values; of a sum, lines betwee
 TensorFlow Lite for 16 bits, over the range in which it changes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,8 @@ def _of_sums(line: Line, scale: float, few: int) -> Coded:
     farthest = max(abs(low), abs(high), 1e-30)
     count = int(np.clip((high - low) / farthest * 2.0 ** (FARTHEST - BITS), 1, SEGMENTS))
     unit = max((high - low) / (count << BITS), farthest / 2**FARTHEST, float(line.root.scale.min()) / 2**BITS)
-    first = round(low / unit)
+    first = math.floor(low / (unit * 2**BITS)) << BITS
+    count = max(math.ceil(high / (unit * 2**BITS)) - (first >> BITS), 1)
     nodes = (unit * (first + (np.arange(count + 1) << BITS))).clip(*line.root.ends)
     values = _steps(line, scale, nodes)
     _check_lines(line, nodes, values, scale, few)

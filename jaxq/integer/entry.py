@@ -1,11 +1,12 @@
 """Where the float inputs of a program become codes: at the call, on the grid of the sites that take them.
 
 An input may be moved, cut, padded and pooled on its way to the site; the codes are, in its place. Sites that took
-ranges of different parts of it share a grid that covers them all.
+ranges of different parts of it share a grid that covers them all. What nobody took may be beyond that grid: an input of
+which sites take parts alone, and something else takes more, is refused.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.products import Job
-from jaxq.integer.values import INT8, Affine, Coded, ones
+from jaxq.integer.values import INT8, Affine, Coded, Refusal, ones
 from jaxq.numbers import affine
 from jaxq.numbers.catalog import int8
 from jaxq.programs import jaxpr
@@ -24,23 +25,41 @@ from jaxq.programs.sites import Path
 ENTRY, EXIT = "jaxq_entry", "jaxq_exit"
 KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
 
-Takers = dict[int, list[tuple[Job, int]]]
+
+class Part(NamedTuple):
+    """An argument of the program, or what was picked of it."""
+
+    number: int
+    picked: bool = False
 
 
-def takers(body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job]) -> Takers:
-    """Return for each numbered argument the sites that take it, and as which operand."""
-    found: Takers = {}
-    _follow(body, numbers, jobs, (), found)
-    return found
+class Takers(NamedTuple):
+    """What takes an argument: sites, and as which operand; whether any takes it whole, and whether others take it."""
+
+    sites: list[tuple[Job, int]]
+    whole: list[bool]
+    others: list[str]
+
+
+Numbers = Sequence[Part | None]
+
+
+def takers(body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job]) -> dict[int, Takers]:
+    """Return for each numbered argument what takes it."""
+    found = {n: Takers([], [], []) for n in numbers if n is not None}
+    for part in _follow(body, [None if n is None else Part(n) for n in numbers], jobs, (), found):
+        if part is not None:
+            found[part.number].others.append("an output")
+    return {n: own for n, own in found.items() if own.sites}
 
 
 def _follow(
-    body: Body, numbers: Sequence[int | None], jobs: Mapping[Path, Job], path: Path, found: Takers
-) -> list[int | None]:
+    body: Body, numbers: Numbers, jobs: Mapping[Path, Job], path: Path, found: dict[int, Takers]
+) -> list[Part | None]:
     """Add to `found`; return which argument each output is."""
-    env: dict[Any, int | None] = dict(zip(body.jaxpr.invars, numbers, strict=True))
+    env: dict[Any, Part | None] = dict(zip(body.jaxpr.invars, numbers, strict=True))
 
-    def number(v: Any) -> int | None:
+    def number(v: Any) -> Part | None:
         return None if isinstance(v, jaxpr.Literal) else env.get(v)
 
     for place, eqn in enumerate(body.jaxpr.eqns):
@@ -48,19 +67,25 @@ def _follow(
         if here in jobs:
             for n, argument in enumerate(held[:2]):
                 if argument is not None and not jobs[here].obstacle:
-                    found.setdefault(argument, []).append((jobs[here], n))
+                    found[argument.number].sites.append((jobs[here], n))
+                    found[argument.number].whole.append(not argument.picked)
             continue
         sub = jaxpr.subprogram(eqn)
         if isinstance(sub, Inline | CustomRule | Remat):
             env.update(zip(eqn.outvars, _follow(sub.body, held, jobs, (*here, 0), found), strict=True))
         elif isinstance(sub, Loop):
             _follow_loop(sub, held, jobs, here, found)
-        elif eqn.primitive in KEEPS:
-            env[eqn.outvars[0]] = held[0]
+        elif eqn.primitive in KEEPS and held[0] is not None:
+            env[eqn.outvars[0]] = Part(held[0].number, held[0].picked or eqn.primitive in jaxpr.PICKS)
+        else:
+            for argument in filter(None, held):
+                found[argument.number].others.append(eqn.primitive.name)
     return [number(v) for v in body.jaxpr.outvars]
 
 
-def _follow_loop(loop: Loop, numbers: list[int | None], jobs: Mapping[Path, Job], path: Path, found: Takers) -> None:
+def _follow_loop(
+    loop: Loop, numbers: list[Part | None], jobs: Mapping[Path, Job], path: Path, found: dict[int, Takers]
+) -> None:
     """Add what takes an argument in a loop: of layers, in each that it comes to."""
     states = slice(loop.constants, loop.constants + loop.carries)
     layers = (
@@ -71,10 +96,18 @@ def _follow_loop(loop: Loop, numbers: list[int | None], jobs: Mapping[Path, Job]
         numbers = [*numbers[: states.start], *(None for _ in range(loop.carries)), *numbers[states.stop :]]
 
 
-def enter(x: jax.Array, takers: Sequence[tuple[Job, int]]) -> Coded:
-    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero."""
-    grids = [job.grid(number) for job, number in takers]
-    (job, number), grid = takers[0], grids[0]
+def enter(x: jax.Array, takers: Takers) -> Coded:
+    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero.
+
+    Raises `Refusal` where sites take parts of it alone, and something else takes another part, or all of it.
+    """
+    if takers.others and not any(takers.whole):
+        raise Refusal(
+            f"has a range of its parts alone, that of {takers.sites[0][0].item.site.name}, and {takers.others[0]} "
+            "takes more: give the program these parts as inputs of their own"
+        )
+    grids = [job.grid(number) for job, number in takers.sites]
+    (job, number), grid = takers.sites[0], grids[0]
     quantizer, own = job.quantizer(number), job.affine(number)
     with jax.ensure_compile_time_eval():
         if len(set(grids)) > 1:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer import arithmetic, curves, loops, moves, reductions, rows, tables
-from jaxq.integer.entry import leave
+from jaxq.integer.entry import EXIT, leave
 from jaxq.integer.products import Job
 from jaxq.integer.values import (
     HIDDEN,
@@ -157,11 +157,16 @@ class Integers:
         line, rule = tables.composed(eqn, operands), _rule(eqn)
         data = [x for x in operands if not isinstance(x, Constant)]
         waits = any(isinstance(x, Mapped) for x in data) or (len(data) > 1 and eqn.primitive not in DIRECT)
-        if line is not None and (waits or rule is None):
+        divides = eqn.primitive is lax.div_p and not isinstance(operands[1], Constant)
+        if line is not None and (waits or rule is None or divides):
             return Mapped(line)
         if rule is None:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
-        result = rule(eqn, *(curves.made(x) if isinstance(x, Mapped) else x for x in operands))
+        rank = len(eqn.outvars[0].aval.shape)
+        operands = [curves.made(x) if isinstance(x, Mapped) else x for x in operands]
+        if eqn.primitive in tables.ELEMENTWISE:
+            operands = [_raised(x, rank) for x in operands]
+        result = rule(eqn, *operands)
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
 
 
@@ -169,6 +174,16 @@ def _named(eqn: Eqn, job: Job | None = None) -> str:
     """Return a site's or a primitive's name, and its line."""
     name, line = f"site '{job.item.site.name}'" if job else eqn.primitive.name, jaxpr.source_line(eqn)
     return f"{name} at {line}" if line else name
+
+
+def _raised(x: Value, rank: int) -> Value:
+    """Return a number without axes, which JAX combines with an array as it is, with as many as the array has."""
+    if not isinstance(x, Coded) or x.codes.ndim == rank:
+        return x
+    one = (1,) * rank
+    return dataclasses.replace(
+        x, codes=x.codes.reshape(one), scale=x.scale.reshape(one), low=x.low.reshape(one), high=x.high.reshape(one)
+    )
 
 
 def _rule(eqn: Eqn) -> Callable[..., Value] | None:
@@ -224,7 +239,8 @@ def _filled(eqn: Eqn, value: Value) -> Value:
 def finished(value: Value, aval: Any) -> jax.Array:
     """Return an output of the program in the type that it has: codes are dequantized."""
     if isinstance(value, Constant):
-        return as_array(value, aval)
+        with jax.named_scope(EXIT):  # a float, if it is one, that nothing was computed for
+            return as_array(value, aval)
     value = there(value)
     if isinstance(value, Coded) and value.far < math.inf:
         raise Refusal(f"is {HIDDEN}")

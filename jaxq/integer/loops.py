@@ -79,7 +79,7 @@ def _slice(x: Value, n: int) -> Value:
     """Return what an iteration takes of an array that is scanned over."""
     if isinstance(x, Constant):
         return x if x.array is None else Constant(x.array[n if _differs(x) else 0])
-    arrays, of = _opened(x)
+    arrays, of = _opened(x, None)
     return of(None if arrays is None else arrays[n])
 
 
@@ -117,7 +117,9 @@ def scanned(loop: Loop, operands: Sequence[Value], run: Run) -> list[Value]:
     constants, inits, xs = _parts(loop, operands)
     invars = loop.body.jaxpr.invars[loop.constants : loop.constants + loop.carries]
     still = [v is out for v, out in zip(invars, loop.body.jaxpr.outvars, strict=False)]
-    opened = [_opened(x) for x in xs]
+    slices = (v.aval for v in loop.body.jaxpr.invars[loop.constants + loop.carries :])
+    whole = (jax.ShapeDtypeStruct((loop.length, *aval.shape), aval.dtype) for aval in slices)
+    opened = [_opened(x, aval) for x, aval in zip(xs, whole, strict=True)]
     arrays = [a for a, _ in opened]
 
     def body(states: Sequence[Value], slices: Sequence) -> tuple[list[Value], list[Value]]:
@@ -197,8 +199,11 @@ class _States:
             before, (bounds, steps) = steps, self.grown(bounds)
             if not any(steps):
                 return self.within(bounds)
-        settled = [b + _rest(a, step) for b, a, step in zip(bounds, before, steps, strict=True)]
-        if not any(self.grown(settled)[1]):
+        # What steps come to in the end, where that is less than what they come to within the loop.
+        rests = [_rest(a, step) for a, step in zip(before, steps, strict=True)]
+        settled = [b + rest for b, rest in zip(bounds, rests, strict=True)]
+        short = all(r <= FASTER * self.loop.length * step for r, step in zip(rests, steps, strict=True))
+        if short and not any(self.grown(settled)[1]):
             return self.within(settled)
         last = [b + FASTER * self.loop.length * step for b, step in zip(bounds, steps, strict=True)]
         for b, step, further in zip(last, steps, self.grown(last)[1], strict=True):
@@ -289,15 +294,15 @@ def _coded(x: Value) -> Coded:
     return x
 
 
-def _opened(x: Value) -> tuple[Any, Callable[[Any], Value]]:
-    """Return the array of a value that is scanned over, and what makes an iteration's value of its slice."""
+def _opened(x: Value, aval: Any) -> tuple[Any, Callable[[Any], Value]]:
+    """Return the array of a value that is scanned over, [length, ...], and what makes a value of its slice."""
     if isinstance(x, Entry):
         return None, lambda _: Entry(None)
     if isinstance(x, Plain):
         return x.array, Plain
     if isinstance(x, Constant):
         if _differs(x):
-            return jnp.asarray(x.held), Plain
+            return as_array(x, aval), Plain
         return None, lambda _: Constant(x.array[0])
     v = _coded(x)
     v = uniform(v) if v.scale.shape[0] > 1 else v

@@ -139,7 +139,7 @@ def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) ->
     # What is codes is read by sites alone: nothing is decoded.
     arrays = [None if isinstance(leaf, QArray) else float_of(leaf) for leaf in leaves]
     problems: list[str] = []
-    values = Integers(jobs, problems, forms).run(program.body, _arguments(program, layout, arrays, jobs))
+    values = Integers(jobs, problems, forms).run(program.body, _arguments(program, layout, arrays, jobs, problems))
     outs = [_left(value, v.aval, problems) for value, v in zip(values, program.body.jaxpr.outvars, strict=True)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
@@ -147,7 +147,9 @@ def _interpreted(program: Program, layout: Layout, leaves: list, forms: dict) ->
     return outs, [isinstance(value, Constant) for value in values]
 
 
-def _arguments(program: Program, layout: Layout, arrays: list, jobs: dict[Path, Job]) -> list[Value]:
+def _arguments(
+    program: Program, layout: Layout, arrays: list, jobs: dict[Path, Job], problems: list[str]
+) -> list[Value]:
     """Return the arguments of the program: parameters as constants, float inputs as codes where a site has a grid."""
     floats = [weight is None and jaxpr.is_float(x) for x, weight in zip(arrays, layout.weights, strict=True)]
     found = takers(program.body, [n if is_float else None for n, is_float in enumerate(floats)], jobs)
@@ -157,7 +159,13 @@ def _arguments(program: Program, layout: Layout, arrays: list, jobs: dict[Path, 
             return known(arrays[n])
         if not floats[n]:
             return Plain(arrays[n])
-        return enter(arrays[n], found[n]) if n in found else Entry(arrays[n])
+        if n not in found:
+            return Entry(arrays[n])
+        try:
+            return enter(arrays[n], found[n])
+        except Refusal as refusal:
+            problems.append(f"a float input of shape {list(arrays[n].shape)} {refusal}")
+            return Refused()
 
     return [argument(n) for n in range(len(arrays))]
 

@@ -79,6 +79,8 @@ def _window(eqn: Eqn) -> tuple[tuple[int, ...], list[int]]:
     spans = [(n - 1) * d + 1 for n, d in zip(window, p["window_dilation"], strict=True)]
     if any(max(pads) >= span > 0 and any(pads) for pads, span in zip(p["padding"], spans, strict=True)):
         raise Refusal("has windows that lie outside of the image as a whole: pad less")
+    if any(span < step for span, step in zip(spans, p["base_dilation"], strict=True)):
+        raise Refusal("has windows that lie between the points of a dilated image: dilate less")
     strides = zip(window, p["window_strides"], p["base_dilation"], p["padding"], strict=True)
     return window, [axis for axis, (n, s, b, pads) in enumerate(strides) if (n, s, b) != (1, 1, 1) or any(pads)]
 

@@ -123,7 +123,8 @@ class _Probe:
 
     def __init__(self, rows: Rows):
         self.rows, self.axes = rows, tuple(sorted(rows.axes))
-        self.step, self.far = float(rows.root.scale.min()), max(map(abs, rows.root.ends))
+        self.step = float(rows.root.scale.min())
+        self.far = max(*map(abs, rows.root.ends), self.step)
         self.each = tuple(1 if axis in rows.axes else n for axis, n in enumerate(rows.root.codes.shape))
         self.count = math.prod(self.each)
         self.rng = np.random.default_rng(0)
@@ -210,7 +211,7 @@ class _Probe:
             unit, y = gain * self._unit(x, centered), self.of(x) - bias
             below = (unit * unit).sum(self.axes, keepdims=True)
             share = (unit * y).sum(self.axes, keepdims=True) / np.where(below > 0, below, 1)
-            shown = (share > 0.1) & (share < 0.99)
+            shown = (share > 0.1) & (share < 1 - NEAR / 10)
             seen.extend((self._square(x, centered) * (1 / np.where(shown, share, 1) ** 2 - 1))[shown])
         epsilon = float(np.median(seen)) if seen else 0.0
         found = Norm(gain, bias, epsilon, centered)

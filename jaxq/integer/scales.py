@@ -106,6 +106,14 @@ def together(values: Sequence[Coded], extra: float = 0.0) -> list[Coded]:
     return [coarser(v, scale) for v in values]
 
 
+def alongside(values: Sequence[Coded]) -> list[Coded]:
+    """Return int32 values of one scale to be compared, whose sum nobody takes: what was of one scale is not rounded."""
+    if len({float(v.scale.max()) for v in values}) == 1 and all(v.scale.size == 1 for v in values):
+        return [widened(v) for v in values]
+    scale = power_above(max(v.real_reach for v in values) / ROOM)
+    return [coarser(v, scale) for v in values]
+
+
 def within(v: Coded, reach: float) -> Coded:
     """Return int32 codes between `-reach` and `reach`: as they are, or of one coarser scale."""
     if np.max(v.reach) <= reach:
@@ -116,21 +124,21 @@ def within(v: Coded, reach: float) -> Coded:
 # --- whole numbers of the program, and constants ---------------------------------------------------------------------
 
 
-def _is_full(v: Coded) -> bool:
+def is_full(v: Coded) -> bool:
     """Tell whether values are the program's own integers of 32 bits: each step of them counts."""
     return not v.is_narrow and bool(np.max(v.reach) >= INT32[1])
 
 
 def coarser(v: Coded, scale: float) -> Coded:
     """Return int32 codes of one scale, a power of two; refuse what would drop bits of the program's own integers."""
-    if _is_full(v) and scale > np.min(v.scale):
+    if is_full(v) and scale > np.min(v.scale):
         raise Refusal(f"may drop the last bits of integers of 32 bits: {SMALLER}")
     return rescaled(v, ones(scale, v.codes.ndim))
 
 
 def check_whole(v: Coded, reals: np.ndarray) -> None:
     """Refuse a constant that the program's own integers of 32 bits, which have no fractions, cannot be limited to."""
-    if not _is_full(v):
+    if not is_full(v):
         return
     finite = np.where(np.isfinite(reals), reals, 0.0)
     wrong = np.abs(np.rint(finite / v.scale) * v.scale - finite)

@@ -5,7 +5,9 @@ own over a program.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, Eqn
@@ -13,7 +15,7 @@ from jaxq.programs.sites import Path
 from jaxq.programs.walk import Walk
 
 FUNCTIONS = ("softmax", "tanh", "logistic")
-EXPONENTIAL, SUM = "exp", "sum of exp"
+EXPONENTIAL, SUM, ZEROS = "exp", "sum of exp", "zeros"
 
 
 class Output(NamedTuple):
@@ -30,6 +32,11 @@ def outputs(body: Body, sites: frozenset[Path]) -> dict[Path, tuple[str, ...]]:
     return walk.found
 
 
+def is_zero(v: Any) -> bool:
+    """Tell whether a variable is the number zero."""
+    return isinstance(v, jaxpr.Literal) and not np.any(v.val)
+
+
 class _Walk(Walk):
     def __init__(self, sites: frozenset[Path]):
         self.sites, self.found = sites, dict[Path, tuple[str, ...]]()
@@ -40,13 +47,19 @@ class _Walk(Walk):
         self.found[path] = tuple(x.function if x and x.function in FUNCTIONS else "" for x in ins)
         return [None] * len(eqn.outvars)
 
+    def either(self, a: Output | None, b: Output | None) -> Output | None:
+        """Of both places, or of one where the other has zeros, as states of loops start: zero is in every range."""
+        if a and b and ZEROS in (a.function, b.function):
+            return b if a.function == ZEROS else a
+        return a if a and b and a.function == b.function else None
+
     def ordinary(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> Output | None:
         del around
         name, first = eqn.primitive.name, ins[0] if ins else None
         if name in (*FUNCTIONS, EXPONENTIAL):
             return Output(name, path)
         if eqn.primitive in jaxpr.MOVES:
-            return first
+            return Output(ZEROS) if is_zero(eqn.invars[0]) else first
         if eqn.primitive is jaxpr.SUM and first and first.function == EXPONENTIAL:
             return Output(SUM, first.path)
         divides = name == "div" and all(ins)

@@ -3,6 +3,7 @@
 A subclass says what an ordinary equation makes of what is known of its operands. Nothing known is anything false.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ class Walk:
     def ordinary(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> Any:
         """Return what is known of an equation's results. around: the equations that hold it, outermost first."""
         raise NotImplementedError
+
+    def either(self, a: Any, b: Any) -> Any:
+        """Return what is known of a value that comes from one of two places."""
+        return a or b
 
     def through(self, body: Body, args: Sequence, path: Path = (), around: Sequence[Eqn] = ()) -> list:
         """Return what is known of a program's outputs. args: what is known of its arguments."""
@@ -39,13 +44,13 @@ class Walk:
             return [self.ordinary(eqn, ins, path, around)] * len(eqn.outvars)
         if isinstance(sub, Branches):
             each = [self.through(branch, ins[1:], (*path, n), inside) for n, branch in enumerate(sub.bodies)]
-            return [next(filter(None, found), None) for found in zip(*each, strict=True)]
+            return [functools.reduce(self.either, found) for found in zip(*each, strict=True)]
         if not isinstance(sub, Loop):
             return self.through(sub.body, ins, (*path, 0), inside)
         carried = slice(sub.constants, sub.constants + sub.carries)
-        while True:  # until nothing more is known of what is carried
+        while True:  # until what is carried is what it was before
             outs = self.through(sub.body, ins, (*path, 0), inside)
-            later = [a or b for a, b in zip(ins[carried], outs[: sub.carries], strict=True)]
+            later = [self.either(a, b) for a, b in zip(ins[carried], outs[: sub.carries], strict=True)]
             if later == ins[carried]:
                 return outs
             ins = [*ins[: carried.start], *later, *ins[carried.stop :]]

@@ -1,0 +1,124 @@
+"""Corners of integer programs, against the float program and its imitation: scalars, masks, loops, inputs in parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxq
+
+pytestmark = pytest.mark.shared
+STATIC = jaxq.w8a8(static=True)
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+W, X = {"w": drawn(8, 6)}, drawn(5, 8)
+IN, MASK = drawn(3, 4, seed=1), jnp.ones((5, 6), jnp.int32)
+
+
+def dense(p, x):
+    return x @ p["w"]
+
+
+def planned(f, params, args, policy=STATIC):
+    return jaxq.calibrate(f, policy, progress=False)(params, [args])
+
+
+def compared(f, params, *args, policy=STATIC):
+    """Yield what integers, their imitation and float give, in float64."""
+    plan = planned(f, params, args, policy)
+    imitation = jaxq.quantize(f, plan)(jaxq.convert(f, plan)(params, *args), *args)
+    outs = jaxq.integer(f, plan)(params, *args)(*args), imitation, f(params, *args)
+    for found in zip(*map(jax.tree.leaves, outs), strict=True):
+        yield [np.asarray(x, np.float64) for x in found]
+
+
+def between(y):
+    return jnp.clip(y, y.min(), y.max()).sum(0)
+
+
+# The program, its weights and its input; how far integers may be from their imitation, as a part of the largest number.
+PROGRAMS = {
+    "a sum added to an array": (lambda p, x: (jnp.ones((4, 3)) + dense(p, x).sum()).sum(0), W, X, 1e-6),
+    "a truth value of a sum": (lambda p, x: (jnp.ones((4, 3)) * (dense(p, x).sum() > 0)).sum(0), W, X, 0),
+    "clipped to its own ends": (lambda p, x: between(dense(p, x)), W, X, 1e-6),
+    "an output that is known": (lambda p, x: (dense(p, x), jnp.ones((5, 6))), W, X, 1e-6),
+    "the largest of a row": (lambda p, x: dense(p, x) >= dense(p, x).max(-1, keepdims=True), W, X, 0),
+    "a softmax of zeros": (lambda p, x: jax.nn.softmax(dense(p, x)), {"w": jnp.zeros((8, 6))}, X, 1e-3),
+    "one over a function": (lambda p, x: 1 / (1 + jax.nn.relu(dense(p, x))), W, X, 2e-3),
+    "a sum over time": (
+        lambda p, x: lax.scan(lambda c, a: (c + a, None), jnp.zeros((1, 4)), x @ p["w"])[0],
+        {"w": drawn(3, 4, seed=4)},
+        drawn(2, 1, 3, seed=5),
+        1e-6,
+    ),
+    "known numbers over time": (
+        lambda p, x: lax.scan(
+            lambda c, i: (c, (i[0], i[1].reshape(1, 3))),
+            0,
+            (x @ p["w"], jnp.arange(7)[:, None] * jnp.ones((1, 3), jnp.int32)),
+        ),
+        {"w": drawn(5, 4)},
+        drawn(7, 3, 5),
+        1e-6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_near_its_imitation(name):
+    f, params, x, tolerance = PROGRAMS[name]
+    for integers, imitation, real in compared(f, params, x):
+        size = np.abs(real).max()
+        np.testing.assert_allclose(integers, imitation, rtol=0, atol=tolerance * size)
+        np.testing.assert_allclose(integers, real, rtol=0, atol=0.03 * size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("function", [jax.nn.silu, jax.nn.softplus, jax.nn.mish])
+def test_functions_with_a_bend_at_zero_have_a_point_there(function, seed):
+    ((integers, imitation, _),) = compared(lambda p, x: function(x @ p["w"]), {"w": drawn(8, 6, seed=seed)}, X)
+    assert np.abs(integers - imitation).max() < 1e-3
+
+
+def test_a_loop_whose_state_starts_as_another_value_is_no_tanh():
+    """What `jaxq.tflite` fixes the range of: the first state is no output of tanh, and would saturate."""
+
+    def f(p, x, start):
+        h = lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), start * (x @ p["w"]), None, length=1)[0]
+        return h @ p["v"]
+
+    params = {"w": drawn(6, 6), "v": drawn(6, 4)}
+    for start in (0.0, 5.0):
+        ((integers, _, real),) = compared(lambda p, x, s=start: f(p, x, s), params, drawn(5, 6), policy=jaxq.tflite())
+        assert np.abs(integers - real).max() < 0.1 * max(1e-9, np.abs(real).max())
+
+
+REFUSED = {
+    "parts of its own": (
+        lambda p, x, m: x[:, :8] @ p["w"] + x[:, 8:],
+        jnp.concatenate([X, 100 * drawn(5, 6)], 1),
+        "a float input of shape .* has a range of its parts alone, that of w, and add takes more",
+    ),
+    "whole numbers": (lambda p, x, m: dense(p, x) * m.astype(jnp.float32), X, "give the program int16 or less"),
+    "no number": (lambda p, x, m: dense(p, x) > jnp.nan, X, "compares with NaN.*jnp.isnan"),
+    "holes": (
+        lambda p, x, m: lax.reduce_window(
+            dense(p, x), -jnp.inf, lax.max, (2, 1), (1, 1), ((0, 0),) * 2, base_dilation=(3, 1)
+        ),
+        X,
+        "between the points of a dilated image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_is_refused(name):
+    f, x, message = REFUSED[name]
+    plan = planned(f, W, (x, MASK))
+    with pytest.raises(ValueError, match=message):
+        jaxq.integer(f, plan)(W, x, MASK)
