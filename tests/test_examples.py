@@ -295,6 +295,9 @@ def test_the_example_of_few_bits_runs_and_is_drawn(tmp_path, capsys):
     low_bits_table.main([str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert "| digits | 2 |" in capsys.readouterr().out
     assert {file.name for file in tmp_path.glob("low_bits*")} == {"low_bits.md", "low_bits.png", "low_bits_curves.png"}
+    (tmp_path / "low_bits.png").unlink()
+    low_bits_table.main(["--table", str(tmp_path / "low_bits.md")])
+    assert (tmp_path / "low_bits.png").exists()
 
 
 @pytest.mark.long
