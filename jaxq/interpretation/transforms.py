@@ -224,7 +224,7 @@ def qat(
     they are unbiased, and operands with `rounding=Stochastic()` or `drop=`, which have to have one; each site and
     iteration of a loop by its own, folded from it. Take a new one for every step. Arrays in the arguments are traced,
     everything else is static. Raises `ValueError` for a plan with unobserved static ranges (NaN comes
-    of them where the plan is traced) or of another program, `TypeError` for converted parameters, and a key that is none.
+    of them where the plan is traced) or of another program, `TypeError` for converted parameters and what is no key.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> @jaxq.qat(policy=jaxq.w8a8())
