@@ -98,6 +98,31 @@ def test_a_loop_whose_state_starts_as_another_value_is_no_tanh():
         assert np.abs(integers - real).max() < 0.1 * max(1e-9, np.abs(real).max())
 
 
+LARGE = (-1e4, -1e6, -1e9, float(np.finfo(np.float32).min))
+
+
+def attention(p, x, bias):
+    y = x @ p["w"]
+    scores = jnp.einsum("bqd,bkd->bqk", y, y) / 2.4 + bias
+    return jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores), y)
+
+
+@pytest.mark.parametrize("number", LARGE)
+@pytest.mark.parametrize("kind", ["one minus", "selected", "subtracted"])
+def test_masks_that_are_added_hide_as_selected_ones_do(kind, number):
+    """Of the forms that transformers have; scores beside a number of any size keep their precision."""
+    biases = {
+        "one minus": lambda m: (1.0 - m.astype(jnp.float32)[:, None, :]) * number,
+        "selected": lambda m: jnp.where(m, 0.0, number)[:, None, :],
+        "subtracted": lambda m: -((~m)[:, None, :] * -number),
+    }
+    mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], bool)
+    ((integers, imitation, real),) = compared(lambda p, x, m: attention(p, x, biases[kind](m)), W, drawn(3, 5, 8), mask)
+    assert np.abs(integers - imitation).max() < 0.01 * np.abs(real).max()
+    ((integers, _, real),) = compared(lambda p, x, m: (dense(p, x) + biases[kind](m)[0]).argmax(-1), W, X, MASK > 0)
+    np.testing.assert_array_equal(integers, real)
+
+
 REFUSED = {
     "parts of its own": (
         lambda p, x, m: x[:, :8] @ p["w"] + x[:, 8:],
@@ -105,6 +130,16 @@ REFUSED = {
         "a float input of shape .* has a range of its parts alone, that of w, and add takes more",
     ),
     "whole numbers": (lambda p, x, m: dense(p, x) * m.astype(jnp.float32), X, "give the program int16 or less"),
+    "what hides, as an output": (
+        lambda p, x, m: dense(p, x) + jnp.where(m > 0, 0.0, -1e9),
+        X,
+        "only a softmax or a max",
+    ),
+    "two masks": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x) + jnp.where(m > 0, 0.0, -1e9) + jnp.where(m > 0, 0.0, -1e9)),
+        X,
+        "add at .* takes a number that is far from all others",
+    ),
     "no number": (lambda p, x, m: dense(p, x) > jnp.nan, X, "compares with NaN.*jnp.isnan"),
     "holes": (
         lambda p, x, m: lax.reduce_window(

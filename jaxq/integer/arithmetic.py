@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -44,7 +45,8 @@ SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
 
 def _plus(v: Coded, c: Constant) -> Coded:
     """v + c, in finer steps where thirty bits have room for them, so that the constant is hardly rounded."""
-    v, reals = widened(v), finite(c)
+    reals = finite(c)
+    pair, v = _paired(v.pair, lambda x: x + float(reals.max()), reals), widened(v)
     largest = float(np.max(np.abs(reals), initial=0.0))
     if largest > FAR * max(1.0, v.real_reach):
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
@@ -54,29 +56,50 @@ def _plus(v: Coded, c: Constant) -> Coded:
     else:
         v = shifted(v, int(np.clip(math.floor(math.log2(ROOM / total)), 0, FRACTION)))
     steps = constant(c, v)
-    return wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
+    result = wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
+    return dataclasses.replace(result, pair=pair)
+
+
+def _paired(
+    pair: tuple[float, float] | None, of: Callable[[float], float], reals: np.ndarray
+) -> tuple[float, float] | None:
+    """Return what a constant makes of the two numbers of a truth value, if it is one number."""
+    return None if pair is None or reals.size != 1 else (of(pair[0]), of(pair[1]))
 
 
 def scaled(v: Coded, factor: np.ndarray) -> Coded:
     """v * factor: the scale times |factor|, the codes times its sign."""
     scale = v.scale * np.where(factor == 0, 1.0, np.abs(factor))
+    pair = _paired(v.pair, lambda x: x * float(factor.max()), factor)
     if np.all(factor > 0):
-        return Coded(v.codes, scale, v.low, v.high, v.zero_point)
+        return Coded(v.codes, scale, v.low, v.high, v.zero_point, pair=pair)
     w = widened(v)
     sign = np.sign(np.broadcast_to(factor, (1,) * w.codes.ndim) if factor.ndim == 0 else factor).astype(np.int64)
     ends = np.minimum(w.low * sign, w.high * sign), np.maximum(w.low * sign, w.high * sign)
-    return wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends)
+    return dataclasses.replace(wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends), pair=pair)
 
 
 def add(eqn: Eqn, a, b) -> Coded:
-    """Values of one scale, or together at one."""
+    """Values of one scale, or together at one; what a mask adds, beside which a value is nothing, is selected."""
     del eqn
     if isinstance(a, Constant):
         a, b = b, a
     if isinstance(b, Constant):
         return _plus(a, b)
+    for v, mask in ((a, b), (b, a)):
+        if mask.pair and 0.0 in mask.pair and max(map(abs, mask.pair)) > FAR * v.real_reach:
+            return _masked(v, mask, sum(mask.pair))
     a, b = together([a, b])
     return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
+
+
+def _masked(v: Coded, mask: Coded, number: float) -> Coded:
+    """Return `v + mask`, the mask being zero or a number beside which v is nothing: the one or the other, selected."""
+    beyond, half = (lax.gt if number > 0 else lax.lt), round(number / 2 / float(mask.scale.max()))
+    codes = widened(mask).codes
+    which = beyond(codes, jnp.broadcast_to(jnp.int32(half), codes.shape))
+    shape = lax.broadcast_shapes(v.codes.shape, codes.shape)
+    return _selected(jnp.broadcast_to(which, shape), [v, Constant(np.asarray(number))])
 
 
 def sub(eqn: Eqn, a, b) -> Coded:
@@ -219,14 +242,20 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
         return _constants(eqn, which, cases)
+    return _selected(which.array, cases)
+
+
+def _selected(which: jax.Array, cases: Sequence) -> Coded:
+    """Return one of several values, of which constants are brought near if they are far."""
+    data = [c for c in cases if isinstance(c, Coded)]
     near, far = _nearer(cases, max(c.real_reach for c in data))
     coded = together([refined(c) for c in data], beside(data, [c for c in near if isinstance(c, Constant)]))
     like, rest = coded[0], iter(coded)
     full = [constant(c, like) if isinstance(c, Constant) else next(rest) for c in near]
-    shape = which.array.shape or like.codes.shape
+    shape = which.shape or like.codes.shape
     parts = [jnp.broadcast_to(c.codes, shape) for c in full]
     low, high = (ones(end, like.codes.ndim, np.int64) for end in span(full))
-    chosen = wide(jaxpr.rebind(eqn, which.array, *parts)[0], like.scale, low, high)
+    chosen = wide(lax.select_n(which, *parts), like.scale, low, high)
     return dataclasses.replace(chosen, far=far)
 
 
@@ -265,14 +294,15 @@ def identity(eqn: Eqn, x):
     """A change of type: of numbers that stand for themselves to codes of scale one, of codes to nothing else."""
     check_real(eqn)
     if isinstance(x, Coded):
-        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point)
+        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point, pair=x.pair)
     dtype, array = x.array.dtype, x.array
     low, high = (0, 1) if dtype == jnp.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
     if high > INT32[1]:
         raise Refusal(f"turns {dtype} into real numbers: int32 does not hold them")
     codes = lax.convert_element_type(array, jnp.int32)
     v = wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64))
-    return shifted(v, min(FRACTION, 30 - high.bit_length())) if high < 2**16 else v
+    v = shifted(v, min(FRACTION, 30 - high.bit_length())) if high < 2**16 else v
+    return dataclasses.replace(v, pair=(0.0, 1.0)) if dtype == jnp.bool_ else v
 
 
 def check_real(eqn: Eqn) -> None:

@@ -142,8 +142,10 @@ class Integers:
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply the rule of an equation by itself."""
         operands = [there(x) for x in operands]
-        far = min((x.far for x in operands if isinstance(x, Coded)), default=math.inf)
-        if far == math.inf:
+        data = [x for x in operands if isinstance(x, Coded)]
+        far = min((x.far for x in data), default=math.inf)
+        is_masked = eqn.primitive in (lax.add_p, lax.sub_p) and sorted(x.pair is None for x in data) == [False, True]
+        if far == math.inf or (is_masked and all(x.far == math.inf for x in data if x.pair is None)):
             return self.ruled(eqn, operands)
         if eqn.primitive not in FAR:
             raise Refusal(f"takes {HIDDEN}")

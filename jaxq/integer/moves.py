@@ -71,7 +71,7 @@ def _moved(eqn: Eqn, v: Coded) -> Coded:
     else:
         scale = ones(v.scale.max(), rank)
         low, high = ones(v.low.min(), rank, np.int64), ones(v.high.max(), rank, np.int64)
-    return Coded(codes, scale, low, high, v.zero_point, far=v.far)
+    return Coded(codes, scale, low, high, v.zero_point, far=v.far, pair=v.pair)
 
 
 def _ranked(s: np.ndarray, rank: int) -> np.ndarray:
@@ -137,7 +137,7 @@ def _pieces(eqn: Eqn, v: Coded) -> list[Coded]:
         return np.split(s, cuts, axis) if s.shape[axis] > 1 else [s] * len(codes)
 
     fours = zip(codes, cut(v.scale), cut(v.low), cut(v.high), strict=True)
-    return [Coded(*four, v.zero_point, far=v.far) for four in fours]
+    return [Coded(*four, v.zero_point, far=v.far, pair=v.pair) for four in fours]
 
 
 RULES: dict[object, Callable[..., Value]] = {lax.pad_p: pad, lax.concatenate_p: concatenate, lax.stack_p: concatenate}

@@ -73,7 +73,8 @@ class Rows(NamedTuple):
 class Coded:
     """Codes of real numbers. codes: int8, or int32 with zero point 0; scale, low, high: [...] of the codes' rank, with
     ones where all are alike; line, rows: what it is a function of, by default of nothing but itself;
-    far: real numbers of this size and above stand for larger ones, as those that hide a position from a softmax."""
+    far: real numbers of this size and above stand for larger ones, as those that hide a position from a softmax;
+    pair: of what a truth value was made into, the number for false and that for true."""
 
     codes: jax.Array
     scale: np.ndarray
@@ -83,6 +84,7 @@ class Coded:
     line: Line | None = None
     rows: Rows | None = None
     far: float = math.inf
+    pair: tuple[float, float] | None = None
 
     @property
     def is_narrow(self) -> bool:

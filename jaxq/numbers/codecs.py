@@ -44,7 +44,9 @@ def encode_stochastically(
     if isinstance(form, Float) and form.bits <= 8 and quantizer.scaling is None:
         return _scaled(quantizer, x, tuple(grid), r, form.largest, lambda v: floats.encode(form, v, key))
     if not isinstance(form, (Int, Fixed)) or quantizer.scaling is not None:
-        raise TypeError(f"integers, fixed point and small floats are rounded stochastically, {quantizer!r} is not")
+        raise TypeError(
+            f"integers, fixed point and small floats are rounded stochastically, {quantizer!r} is not: drop key="
+        )
     fitted = _affine(quantizer, x, grid, r)
     codes = affine.encode(quantizer, x, fitted, key)
     return QArray(codes, fitted.scale, fitted.zero_point, quantizer.format, x.dtype)
