@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     ]
     print("\n".join(lines))
     if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
         title = f"# Integers alone, after training\n\n`python examples/integer_only.py --task {options.task} "
         command = f"{title}--data DIR --models FOLDER --out examples/results`\n\n"
         (options.out / "integer_only.md").write_text(command + "\n".join(lines) + "\n")
