@@ -85,13 +85,19 @@ def rows_of(text: str) -> list[Row]:
     return list(found.values())
 
 
-def draw_bits(rows: Sequence[Row], out: Path) -> None:
-    """Draw accuracy against bits, a panel for each task, the float model dotted."""
+def pyplot() -> Any:
+    """Return matplotlib's, which draws into files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_bits(rows: Sequence[Row], out: Path) -> None:
+    """Draw accuracy against bits, a panel for each task, the float model dotted."""
+    plt = pyplot()
     tasks = list(dict.fromkeys(row.task for row in rows if row.bits in PLACES))
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(2.4 * len(tasks), 2.8), layout="constrained", squeeze=False, sharex=True
@@ -112,11 +118,7 @@ def draw_bits(rows: Sequence[Row], out: Path) -> None:
 
 def draw_curves(groups: Groups, out: Path) -> None:
     """Draw accuracy against epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     tasks = list(dict.fromkeys(task for task, _ in groups))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):

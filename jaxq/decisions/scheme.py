@@ -25,20 +25,21 @@ class Backward:
 
     def __post_init__(self):
         for role, value in (("act", self.act), ("weight", self.weight)):
-            if value is not None and not isinstance(value, Quantizer):
+            if value is None:
+                continue
+            if not isinstance(value, Quantizer):
                 raise TypeError(f"Backward({role}=) takes a quantizer such as jaxq.int8(), got {value!r}")
-            wide = value is not None and vector_length(value.format) > 1
-            if value is not None and (value.static or value.group or not value.symmetric or wide):
+            if value.static or value.group or not value.symmetric or vector_length(value.format) > 1:
                 raise ValueError(
                     f"gradients change at every step: Backward({role}=) takes a dynamic, symmetric quantizer without "
                     f"groups, such as jaxq.int8(), got {value!r}"
                 )
-            if value is not None and (not isinstance(value.format, (Int, Fixed, Float)) or value.scaling is not None):
+            if not isinstance(value.format, (Int, Fixed, Float)) or value.scaling is not None:
                 raise ValueError(
                     f"{value.format} has no unbiased rounding, which gradients need: use jaxq.int8() or jaxq.float8() "
                     f"in Backward({role}=)"
                 )
-            if value is not None and (value.fit is not None or value.estimator is not None or value.drop):
+            if value.fit is not None or value.estimator is not None or value.drop:
                 raise ValueError(
                     f"a fit clips gradients, and they have no estimator and no drop: remove these from {value!r} in "
                     f"Backward({role}=)"

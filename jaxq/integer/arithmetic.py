@@ -6,6 +6,7 @@ to one of up to 2^16 finer steps. So a BatchNorm after a convolution *is* folded
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
 def _plus(v: Coded, c: Constant) -> Coded:
     """v + c, in finer steps where thirty bits have room for them, so that the constant is hardly rounded."""
     reals = finite(c)
-    pair, v = _paired(v.pair, lambda x: x + float(reals.max()), reals), widened(v)
+    pair, v = _paired(v.pair, operator.add, reals), widened(v)
     largest = float(np.max(np.abs(reals), initial=0.0))
     if largest > FAR * max(1.0, v.real_reach):
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
@@ -61,16 +62,19 @@ def _plus(v: Coded, c: Constant) -> Coded:
 
 
 def _paired(
-    pair: tuple[float, float] | None, of: Callable[[float], float], reals: np.ndarray
+    pair: tuple[float, float] | None, of: Callable[[float, float], float], reals: np.ndarray
 ) -> tuple[float, float] | None:
     """Return what a constant makes of the two numbers of a truth value, if it is one number."""
-    return None if pair is None or reals.size != 1 else (of(pair[0]), of(pair[1]))
+    if pair is None or reals.size != 1:
+        return None
+    number = float(reals.max())
+    return of(pair[0], number), of(pair[1], number)
 
 
 def scaled(v: Coded, factor: np.ndarray) -> Coded:
     """v * factor: the scale times |factor|, the codes times its sign."""
     scale = v.scale * np.where(factor == 0, 1.0, np.abs(factor))
-    pair = _paired(v.pair, lambda x: x * float(factor.max()), factor)
+    pair = _paired(v.pair, operator.mul, factor)
     if np.all(factor > 0):
         return Coded(v.codes, scale, v.low, v.high, v.zero_point, pair=pair)
     w = widened(v)

@@ -144,8 +144,9 @@ class Integers:
         operands = [there(x) for x in operands]
         data = [x for x in operands if isinstance(x, Coded)]
         far = min((x.far for x in data), default=math.inf)
-        is_masked = eqn.primitive in (lax.add_p, lax.sub_p) and sorted(x.pair is None for x in data) == [False, True]
-        if far == math.inf or (is_masked and all(x.far == math.inf for x in data if x.pair is None)):
+        values = [x for x in data if x.pair is None]
+        is_masked = eqn.primitive in (lax.add_p, lax.sub_p) and len(values) == 1 < len(data)
+        if (values[0].far if is_masked else far) == math.inf:
             return self.ruled(eqn, operands)
         if eqn.primitive not in FAR:
             raise Refusal(f"takes {HIDDEN}")
