@@ -16,6 +16,7 @@ from inspection import arrays, assert_bitwise, traced
 from jaxq.integer.audit import check, floats
 from jaxq.integer.interpret import RULES
 from jaxq.integer.moves import MOVES
+from jaxq.integer.picks import SEVERAL
 from jaxq.integer.tables import ELEMENTWISE
 from jaxq.integer.values import wide
 from jaxq.programs.floating import FORMS
@@ -434,8 +435,8 @@ def test_an_image_of_weights_takes_kernels_with_zero_points():
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def sorted_head(params, x):
-    return jnp.sort(x @ params["w"])
+def multiplied(params, x):
+    return jnp.cumprod(x @ params["w"], 0)
 
 
 def normalized(params, x):
@@ -463,7 +464,7 @@ def unbounded(params, x):
 
 
 REFUSED = [
-    (sorted_head, ASYMMETRIC, "sort has no integer form"),
+    (multiplied, ASYMMETRIC, "cumprod has no integer form"),
     (normalized, ASYMMETRIC, "sub at .*float input .* before the call"),
     (logarithm, ASYMMETRIC, "site 'b' at .*clip it first"),
     (looped, ASYMMETRIC, "while at .*known number of steps"),
@@ -613,15 +614,15 @@ def test_weights_that_are_codes_are_not_put_out():
 def test_all_problems_are_listed_at_once():
     def f(params, x):
         y = x @ params["w"]
-        return jnp.sort(y), jnp.cumsum(y), y.astype(jnp.int32) + 1
+        return jnp.cumprod(y), jnp.prod(y), y.astype(jnp.int32) + 1
 
     plan = calibrated(f, LINEAR, jnp.ones((2, 4)))
     with pytest.raises(ValueError) as error:
         jaxq.integer(f, plan)(LINEAR, jnp.ones((2, 4)))
     lines = str(error.value).splitlines()
     assert lines[0].endswith("3 in all:") and [re.split(r"\W+", line)[1] for line in lines[1:]] == [
-        "sort",
-        "cumsum",
+        "cumprod",
+        "reduce_prod",
         "convert_element_type",
     ]
 
@@ -679,10 +680,10 @@ def test_functions_of_a_known_range_are_named():
 
 
 def unformed(params, x):
-    h = jnp.sort(x @ params["w"]) + jnp.sort(params["w"])[:1]  # of which the second is computed ahead
+    h = jnp.cumprod(x @ params["w"], -1) + jnp.cumprod(params["w"], -1)[:1]  # of which the second is computed ahead
     h = lax.cond(h[0, 0] > 0, jnp.negative, jnp.abs, h)
     with jax.named_scope("block"):
-        h = lax.fori_loop(0, 2, lambda i, h: jnp.cumsum(h, -1), h)
+        h = lax.fori_loop(0, 2, lambda i, h: lax.cumlogsumexp(h, 1), h)
     return h @ params["b"].T
 
 
@@ -695,9 +696,9 @@ def test_plans_tell_what_has_no_integer_form():
         "the plan fails its check:",
         f"site 'w'{line}not fixed .*calibrate it",
         f"site 'b'{line}stays float in the plan .by policy.",
-        f"sort{line}has no integer form",
+        f"cumprod{line}has no integer form",
         f"cond{line}has no integer form",
-        f"cumsum{line}in block has no integer form",
+        f"cumlogsumexp{line}in block has no integer form",
     ]
     lines = str(caught.value).splitlines()
     assert len(lines) == len(wanted) and all(map(re.search, wanted, lines)), lines
@@ -711,7 +712,7 @@ def test_plans_tell_what_has_no_integer_form():
 
 
 def test_forms_are_known_by_the_names_of_the_rules():
-    assert {p.name for p in (*RULES, *MOVES, *ELEMENTWISE, lax.split_p)} == FORMS
+    assert {p.name for p in (*RULES, *MOVES, *ELEMENTWISE, *SEVERAL, lax.split_p)} == FORMS
 
 
 def test_an_audit_finds_floats():

@@ -66,6 +66,41 @@ PROGRAMS = {
         drawn(7, 3, 5),
         1e-6,
     ),
+    "in order": (lambda p, x: jnp.sort(dense(p, x)), W, X, 1e-6),
+    "in the order of others": (lambda p, x: lax.sort((x @ p["w"], x[:, :6]), num_keys=1)[0], W, X, 1e-6),
+    "the largest of all": (lambda p, x: lax.top_k(jax.nn.relu(dense(p, x)), 3)[0], W, X, 1e-6),
+    "the median": (lambda p, x: jnp.median(dense(p, x), axis=-1), W, X, 1e-6),
+    "running sums": (lambda p, x: (jnp.cumsum(dense(p, x), 0), lax.cumsum(dense(p, x), 1, reverse=True)), W, X, 1e-6),
+    "the largest so far": (lambda p, x: (lax.cummax(dense(p, x)), lax.cummin(dense(p, x), 1)), W, X, 1e-6),
+    "rows at indices": (lambda p, x: dense(p, x)[jnp.array([3, 1, -1])], W, X, 1e-6),
+    "a row at an index": (lambda p, x: dense(p, x)[jnp.argmax(dense(p, x)[:, 0])], W, X, 1e-6),
+    "a parameter at an index": (
+        lambda p, x: dense(p, x) + jnp.linspace(-3, 3, 6)[jnp.argmax(dense(p, x), -1)][:, None],
+        W,
+        X,
+        1e-6,
+    ),
+    "zeros beyond an end": (
+        lambda p, x: dense(p, x).at[3 * jnp.argmax(dense(p, x), -1)].get(mode="fill", fill_value=0),
+        W,
+        X,
+        1e-6,
+    ),
+    "an image of larger pixels": (
+        lambda p, x: jax.image.resize(dense(p, x), (10, 18), "nearest"),
+        W,
+        X,
+        1e-6,
+    ),
+    "a cache": (
+        lambda p, x: lax.dynamic_update_slice(jnp.zeros((16, 6)), dense(p, x), (jnp.argmax(x[0]), 0)),
+        W,
+        X,
+        1e-6,
+    ),
+    "put in": (lambda p, x: dense(p, x).at[jnp.array([1, 2]), 3].set(0.5).at[:, 0].set(0), W, X, 1e-6),
+    "put into zeros": (lambda p, x: jnp.zeros((6, 5)).at[jnp.argmax(x, -1) % 6].set(dense(p, x).T[:5]), W, X, 1e-6),
+    "a square that is none": (lambda p, x: jnp.sqrt((lambda h: h * h)(dense(p, x)) + 4.0), W, X, 2e-3),
 }
 
 
@@ -135,10 +170,20 @@ REFUSED = {
         X,
         "only a softmax or a max",
     ),
-    "two masks": (
-        lambda p, x, m: jax.nn.softmax(dense(p, x) + jnp.where(m > 0, 0.0, -1e9) + jnp.where(m > 0, 0.0, -1e9)),
+    "a mask beside numbers": (
+        lambda p, x, m: jax.nn.softmax(jnp.where(m > 0, dense(p, x), -1e9) + dense(p, x)),
         X,
         "add at .* takes a number that is far from all others",
+    ),
+    "a mask, or what is larger": (
+        lambda p, x, m: jax.nn.softmax(jnp.where(m > 0, jnp.where(m > 1, dense(p, x), -1e9), -40.0)),
+        X,
+        "select_n takes a number that is far from all others",
+    ),
+    "filled in": (
+        lambda p, x, m: jnp.take(dense(p, x), m[:, 0], axis=0, mode="fill", fill_value=3.0),
+        X,
+        r"fills in 3.0 where an index is out of bounds",
     ),
     "no number": (lambda p, x, m: dense(p, x) > jnp.nan, X, "compares with NaN.*jnp.isnan"),
     "holes": (

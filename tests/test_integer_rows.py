@@ -159,6 +159,10 @@ def masked(h):
     return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(h.shape, bool), 3), h, -jnp.inf), axis=-1)
 
 
+def masked_scores(h):
+    return jnp.where(h > -1.5, h, -1e9)
+
+
 GAIN = jnp.linspace(-1.0, 2.0, 32)[None]
 FORMS = {
     "two_passes": in_two_passes,
@@ -175,6 +179,10 @@ FORMS = {
     "softmin": lambda h: jax.nn.softmax(-h),
     "masked": masked,
     "hidden": lambda h: jax.nn.softmax(jnp.where(jnp.arange(32) % 3 > 0, h, -1e9)),
+    "constant_mask": lambda h: jax.nn.softmax(h + jnp.where(jnp.arange(32) > 9, 0.0, -1e9)[None]),
+    "infinite_mask": lambda h: jax.nn.softmax(h + jnp.where(jnp.tri(6, 32, 9, dtype=bool), 0.0, -jnp.inf)),
+    "masked_twice": lambda h: jax.nn.softmax(jnp.where(jnp.arange(32) > 9, masked_scores(h), -jnp.inf)),
+    "masked_and_added": lambda h: jax.nn.softmax(masked_scores(h) + jnp.where(jnp.arange(32) > 9, 0.0, -1e9)[None]),
     "all_hidden": lambda h: jax.nn.softmax(jnp.where(jnp.arange(6)[:, None] > 0, h, -1e9)),
 }
 
@@ -210,7 +218,6 @@ OTHERS = {
     "clipped": lambda h: jax.nn.softmax(jnp.clip(h, -60, 60)),
     "floored": lambda h: jnp.exp(h) / (jnp.exp(h).sum(-1, keepdims=True) + 1e-6),
     "added_mask": lambda h: jax.nn.softmax(h + jnp.where(h > 0, 0.0, -1e9)),
-    "constant_mask": lambda h: jax.nn.softmax(h + jnp.where(jnp.arange(32) > 9, 0.0, -1e9)[None]),
     "far_above": lambda h: jax.nn.softmax(jnp.where(h > 0, h, 1e9)),
     "groups": linen(nn.GroupNorm(num_groups=4)),
     "power_of_a_norm": lambda h: h / (h.var(-1, keepdims=True) + 1e-3) ** 0.4,

@@ -45,11 +45,19 @@ SELECT = "to hide positions, select jnp.where(mask, scores, -jnp.inf)"
 
 
 def _plus(v: Coded, c: Constant) -> Coded:
-    """v + c, in finer steps where thirty bits have room for them, so that the constant is hardly rounded."""
+    """v + c, in finer steps where thirty bits have room for them, so that the constant is hardly rounded.
+
+    Where v is nothing beside the constant, as beside a mask's -1e9, the constant is selected instead.
+    """
+    is_far = outweighs(c, v)
+    if is_far.any() and not is_far.all():
+        near, mask = (Constant(np.where(which, 0.0, c.reals)) for which in (is_far, ~is_far))
+        shape = lax.broadcast_shapes(v.codes.shape, is_far.shape)
+        return _selected(jnp.broadcast_to(jnp.asarray(is_far), shape), [_plus(v, near), mask])
     reals = finite(c)
     pair, v = _paired(v.pair, operator.add, reals), widened(v)
-    largest = float(np.max(np.abs(reals), initial=0.0))
-    if largest > FAR * max(1.0, v.real_reach):
+    if is_far.any():
+        largest = float(np.max(np.abs(reals)))
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
     total = float(np.max(v.reach + np.abs(reals / v.scale)))
     if total > INT32[1]:
@@ -59,6 +67,11 @@ def _plus(v: Coded, c: Constant) -> Coded:
     steps = constant(c, v)
     result = wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
     return dataclasses.replace(result, pair=pair)
+
+
+def outweighs(c: Constant, v: Coded) -> np.ndarray:
+    """Tell which of a constant's numbers leave nothing of a value that they are added to."""
+    return np.abs(c.reals) > FAR * max(1.0, v.real_reach)
 
 
 def _paired(
@@ -91,10 +104,17 @@ def add(eqn: Eqn, a, b) -> Coded:
     if isinstance(b, Constant):
         return _plus(a, b)
     for v, mask in ((a, b), (b, a)):
-        if mask.pair and 0.0 in mask.pair and max(map(abs, mask.pair)) > FAR * v.real_reach:
+        if hides(mask, v):
             return _masked(v, mask, sum(mask.pair))
     a, b = together([a, b])
     return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
+
+
+def hides(mask: Coded | Constant, v: Coded) -> bool:
+    """Tell whether a mask is zero or a number beside which a value is nothing."""
+    if isinstance(mask, Constant):
+        return bool(np.all((mask.reals == 0) | outweighs(mask, v)))
+    return mask.pair is not None and 0.0 in mask.pair and max(map(abs, mask.pair)) > FAR * v.real_reach
 
 
 def _masked(v: Coded, mask: Coded, number: float) -> Coded:
@@ -127,6 +147,7 @@ def mul(eqn: Eqn, a, b) -> Coded:
         a, b = b, a
     if isinstance(b, Constant):
         return scaled(a, finite(b))
+    is_square = a is b
     a, b = widened(a), widened(b)
     reach = float(a.reach.max()) * float(b.reach.max())
     down = max(0, math.ceil(math.log2(reach / ROOM)))
@@ -135,13 +156,12 @@ def mul(eqn: Eqn, a, b) -> Coded:
     codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
     codes = lax.optimization_barrier(codes)  # computed once, however many read it
     end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
-    return wide(codes, a.scale * b.scale * 2.0**down, -end, end)
+    return wide(codes, a.scale * b.scale * 2.0**down, 0 * end if is_square else -end, end)
 
 
 def square(eqn: Eqn, x: Coded) -> Coded:
     """x * x."""
-    product = mul(eqn, x, x)
-    return dataclasses.replace(product, low=np.zeros_like(product.low))
+    return mul(eqn, x, x)
 
 
 def div(eqn: Eqn, a, b) -> Coded:
@@ -192,8 +212,10 @@ def clamp(eqn: Eqn, low, x, high) -> Coded:
     return minimum(eqn, maximum(eqn, x, low), high)
 
 
-def compare(eqn: Eqn, a, b) -> Plain:
+def compare(eqn: Eqn, a, b) -> Plain | Constant:
     """Codes of one scale; a constant is rounded to the step that gives the same answer for every code."""
+    if a is b:  # which asks whether it is NaN
+        return Constant(np.asarray(eqn.primitive in (lax.eq_p, lax.le_p, lax.ge_p)))
     if isinstance(a, Constant):
         v, c, rounding = b, a, _ROUNDED[_TURNED[eqn.primitive]]
     elif isinstance(b, Constant):
@@ -269,11 +291,16 @@ def _nearer(cases: Sequence, reach: float) -> tuple[list, float]:
     Such numbers, infinity among them, hide a position from a softmax or a maximum: all that counts is that they are
     beyond the values. What is beyond the second result stands for them.
     """
-    is_far = [isinstance(c, Constant) and not np.all(np.abs(c.reals) <= NEARBY * reach) for c in cases]
+    is_far = [isinstance(c, Constant) and is_beyond(c, reach) for c in cases]
     if not any(is_far):
         return list(cases), math.inf
     near = [Constant(_to_end(c.reals, reach)) if far else c for c, far in zip(cases, is_far, strict=True)]
     return near, LIMIT * reach
+
+
+def is_beyond(c: Constant, reach: float) -> bool:
+    """Tell whether a constant is so far from values that reach so far that it is none: some of its numbers are."""
+    return not np.all(np.abs(c.reals) <= NEARBY * reach)
 
 
 def _to_end(reals: np.ndarray, reach: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.integer.picks import check_filling
 from jaxq.integer.values import Coded, Refusal, ones, wide
 from jaxq.lowering.embedding import each
 from jaxq.numbers.qarray import QArray
@@ -22,9 +23,7 @@ def lookup(op: Embedding, table: QArray, indices: Sequence[jax.Array]) -> Coded:
     """Return rows of a table in int32; zeros where an index is out of bounds and the program has NaN."""
     if table.scale is None or table.zero_point is not None or table.codes.dtype != jnp.int8:
         raise Refusal("looks up rows that are no symmetric integers: use jaxq.int8()")
-    filling = op.fill_value if op.mode == lax.GatherScatterMode.FILL_OR_DROP else None
-    if filling is not None and not np.isnan(filling) and filling != 0:
-        raise Refusal(f"fills in {filling} where an index is out of bounds: fill in zero, or clip the index")
+    check_filling(op.mode, op.fill_value)
     rows = lax.convert_element_type(op.apply(table.codes, *indices, fill_value=0), jnp.int32)
     with jax.ensure_compile_time_eval():
         scale = np.asarray(table.real_scale(), np.float64)

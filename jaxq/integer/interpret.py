@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, curves, loops, moves, reductions, rows, tables
+from jaxq.integer import arithmetic, curves, loops, moves, picks, reductions, rows, tables
 from jaxq.integer.entry import EXIT, leave
+from jaxq.integer.hidden import far_after
 from jaxq.integer.products import Job
 from jaxq.integer.values import (
     HIDDEN,
@@ -36,12 +37,9 @@ from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Loop, Remat
 from jaxq.programs.sites import Path
 
-RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **reductions.RULES}
+RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **picks.RULES, **reductions.RULES}
 # Of two values that are functions of one, these are integers all the same; other operations become part of a table.
 DIRECT = frozenset({lax.add_p, lax.sub_p, lax.mul_p, lax.max_p, lax.min_p, lax.select_n_p, *arithmetic.COMPARISONS})
-
-# What may take numbers that stand for larger ones: what moves them, or asks for their order.
-FAR = moves.MOVES | {lax.reduce_max_p, lax.reduce_min_p, lax.argmax_p, lax.argmin_p, lax.convert_element_type_p}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +100,8 @@ class Integers:
             )
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, there(operands[0]))
+        if eqn.primitive in picks.SEVERAL:
+            return picks.SEVERAL[eqn.primitive](eqn, *(_made(there(x)) for x in operands))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
 
     def loop(self, loop: Loop, operands: list[Value], path: Path) -> list[Value]:
@@ -142,16 +142,9 @@ class Integers:
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply the rule of an equation by itself."""
         operands = [there(x) for x in operands]
-        data = [x for x in operands if isinstance(x, Coded)]
-        far = min((x.far for x in data), default=math.inf)
-        values = [x for x in data if x.pair is None]
-        is_masked = eqn.primitive in (lax.add_p, lax.sub_p) and len(values) == 1 < len(data)
-        if (values[0].far if is_masked else far) == math.inf:
-            return self.ruled(eqn, operands)
-        if eqn.primitive not in FAR:
-            raise Refusal(f"takes {HIDDEN}")
+        far = far_after(eqn, operands)
         value = self.ruled(eqn, operands)
-        return dataclasses.replace(value, far=far) if isinstance(value, Coded) else value
+        return dataclasses.replace(value, far=far) if far < math.inf and isinstance(value, Coded) else value
 
     def ruled(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply a move, a table or a rule."""
@@ -166,11 +159,16 @@ class Integers:
         if rule is None:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         rank = len(eqn.outvars[0].aval.shape)
-        operands = [curves.made(x) if isinstance(x, Mapped) else x for x in operands]
+        operands = [_made(x) for x in operands]
         if eqn.primitive in tables.ELEMENTWISE:
             operands = [_raised(x, rank) for x in operands]
         result = rule(eqn, *operands)
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
+
+
+def _made(x: Value) -> Value:
+    """Return a value that is more than a function yet to be made."""
+    return curves.made(x) if isinstance(x, Mapped) else x
 
 
 def _named(eqn: Eqn, job: Job | None = None) -> str:

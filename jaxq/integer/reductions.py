@@ -39,6 +39,14 @@ def total(eqn: Eqn, x: Coded) -> Coded:
     return wide(jaxpr.rebind(eqn, v.codes)[0], np.squeeze(v.scale, axes), low, high)
 
 
+def running(eqn: Eqn, x: Coded) -> Coded:
+    """Sum of a value and all before it along an axis."""
+    axis = eqn.params["axis"]
+    v = _summable(x, x.codes.shape[axis], (axis,))
+    low, high = (_over(end, v, (axis,)) for end in (np.minimum(v.low, 0), np.maximum(v.high, 0)))
+    return wide(jaxpr.rebind(eqn, v.codes)[0], v.scale, low, high)
+
+
 def sums_of_words(codes: jax.Array, bits: int, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """Return the sums over axes, kept as ones, of what is above the last `bits` of int32 codes, and of those bits."""
     words = (codes >> bits, codes & (2**bits - 1))
@@ -121,6 +129,7 @@ def which(eqn: Eqn, x: Coded) -> Plain:
 
 RULES: dict[object, Callable[..., Value]] = {
     lax.reduce_sum_p: total,
+    lax.cumsum_p: running,
     lax.reduce_window_sum_p: window_sum,
     lax.reduce_window_max_p: window_maximum,
     lax.reduce_max_p: extreme,

@@ -19,10 +19,10 @@ _FUNCTIONS = (
     "asinh acosh atanh atan2"
 )
 _QUESTIONS = "eq ne lt le gt ge and or not is_finite argmax argmin"
-_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max"
+_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max cumsum cummax cummin sort top_k"
 _MOVES = (
     "broadcast_in_dim concatenate convert_element_type copy name optimization_barrier pad reshape rev slice split "
-    "sharding_constraint squeeze stack stop_gradient tile transpose"
+    "sharding_constraint squeeze stack stop_gradient tile transpose gather scatter dynamic_slice dynamic_update_slice"
 )
 # The names of all primitives that an integer program knows.
 FORMS = frozenset(" ".join((_ARITHMETIC, _FUNCTIONS, _QUESTIONS, _REDUCTIONS, _MOVES)).split())

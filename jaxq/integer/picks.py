@@ -1,0 +1,148 @@
+"""What picks values by their place or puts them there, and what orders them: the codes, which have one scale.
+
+Codes are in the order of the numbers that they stand for, so that a sort of codes is a sort of numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.integer.moves import joined
+from jaxq.integer.scales import finite, uniform
+from jaxq.integer.values import ROOM, Coded, Constant, Plain, Refusal, Value, as_array, ones
+from jaxq.programs import jaxpr
+from jaxq.programs.jaxpr import Eqn
+
+# The scale of zeros, which any other value outweighs.
+NOTHING = 2.0**-100
+
+
+def check_filling(mode: Any, number: Any) -> None:
+    """Refuse numbers other than zero where an index is out of bounds; what the program has as NaN is zero."""
+    filled = mode == lax.GatherScatterMode.FILL_OR_DROP and number is not None
+    if filled and not np.isnan(number) and number != 0:
+        raise Refusal(f"fills in {number} where an index is out of bounds: fill in zero, or clip the index")
+
+
+def _one_scale(x: Value, aval: Any) -> Coded:
+    """Return codes of one scale: of parameters, thirty bits of their largest number; zeros have next to none."""
+    if isinstance(x, Coded):
+        return uniform(x)
+    assert isinstance(x, Constant), "real numbers are codes or parameters here"
+    reals = np.broadcast_to(finite(x), aval.shape)
+    scale = float(np.max(np.abs(reals), initial=0.0)) / ROOM or NOTHING
+    codes = np.rint(reals / scale).astype(np.int64)
+    return _like(jnp.asarray(codes, jnp.int32), scale, int(codes.min(initial=0)), int(codes.max(initial=0)))
+
+
+def _picked(v: Coded, codes: jax.Array, *, filled: bool = False) -> Coded:
+    """Return some of the values of an array. filled: with zeros, where there are none."""
+    low, high = int(v.low.min()), int(v.high.max())
+    low, high = (min(low, 0), max(high, 0)) if filled else (low, high)
+    like = _like(codes, v.scale.max(), low, high)
+    return dataclasses.replace(like, zero_point=v.zero_point, far=v.far)
+
+
+def _like(codes: jax.Array, scale: float, low: int, high: int) -> Coded:
+    """Return codes of which all are alike."""
+    ends = ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64)
+    return Coded(codes, ones(scale, codes.ndim), *ends)
+
+
+def _places(eqn: Eqn, indices: Sequence[Value], first: int) -> list[jax.Array]:
+    """Return the arrays of indices, the operands of an equation from the `first` on."""
+    return [as_array(x, v.aval) for x, v in zip(indices, eqn.invars[first:], strict=False)]
+
+
+def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
+    """Values at indices; zeros where an index is out of bounds and the program has NaN."""
+    p = eqn.params
+    check_filling(p["mode"], p["fill_value"])
+    v, (places,) = _one_scale(x, eqn.invars[0].aval), _places(eqn, [indices], 1)
+    codes = lax.gather(
+        v.codes,
+        places,
+        dimension_numbers=p["dimension_numbers"],
+        slice_sizes=p["slice_sizes"],
+        unique_indices=p["unique_indices"],
+        indices_are_sorted=p["indices_are_sorted"],
+        mode=p["mode"],
+        fill_value=v.codes.dtype.type(v.zero_point),
+    )
+    return _picked(v, codes, filled=p["mode"] == lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def dynamic_slice(eqn: Eqn, x: Coded | Constant, *starts: Value) -> Coded:
+    """A part that begins at an index."""
+    v = _one_scale(x, eqn.invars[0].aval)
+    return _picked(v, jaxpr.rebind(eqn, v.codes, *_places(eqn, starts, 1))[0])
+
+
+def _put(pairs: Sequence[tuple[Value, Any]], put: Callable[[list[jax.Array]], jax.Array]) -> Coded:
+    """Return values with others put in among them, all of one scale. pairs: both, and their variables."""
+    parts = [_one_scale(x, v.aval) for x, v in pairs]
+    return joined(parts, [part.codes.shape for part in parts], put)
+
+
+def dynamic_update_slice(eqn: Eqn, x: Value, update: Value, *starts: Value) -> Coded:
+    """Values with others put in at an index, such as a decoder's cache."""
+    pairs, at = [(x, eqn.invars[0]), (update, eqn.invars[1])], _places(eqn, starts, 2)
+    return _put(pairs, lambda codes: jaxpr.rebind(eqn, *codes, *at)[0])
+
+
+def scatter(eqn: Eqn, x: Value, indices: Value, update: Value) -> Coded:
+    """Values with others put in at indices."""
+    pairs, (at,) = [(x, eqn.invars[0]), (update, eqn.invars[2])], _places(eqn, [indices], 1)
+    return _put(pairs, lambda codes: jaxpr.rebind(eqn, codes[0], at, codes[1])[0])
+
+
+def cumulative(eqn: Eqn, x: Coded) -> Coded:
+    """The largest or the smallest of a value and all before it."""
+    v = uniform(x)
+    return _picked(v, jaxpr.rebind(eqn, v.codes)[0])
+
+
+# --- several results -------------------------------------------------------------------------------------------------
+
+
+def _opened(eqn: Eqn, operands: Sequence[Value]) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], list]]:
+    """Return arrays to be reordered, and what makes values of them again."""
+    pairs = zip(operands, eqn.invars, strict=True)
+    kept = [_one_scale(x, v.aval) if jaxpr.is_float(v.aval) else Plain(as_array(x, v.aval)) for x, v in pairs]
+    arrays = [v.codes if isinstance(v, Coded) else v.array for v in kept]
+
+    def closed(arrays: Sequence[jax.Array]) -> list:
+        pairs = zip(kept, arrays, strict=True)
+        return [_picked(v, a) if isinstance(v, Coded) else Plain(a) for v, a in pairs]
+
+    return arrays, closed
+
+
+def sort(eqn: Eqn, *operands: Value) -> list:
+    """Values in order, and whatever goes with them."""
+    arrays, closed = _opened(eqn, operands)
+    return closed(jaxpr.rebind(eqn, *arrays))
+
+
+def top_k(eqn: Eqn, x: Coded) -> list:
+    """The largest values, and where they are."""
+    v = uniform(x)
+    codes, places = jaxpr.rebind(eqn, v.codes)
+    return [_picked(v, codes), Plain(places)]
+
+
+RULES: dict[object, Callable[..., Value]] = {
+    jaxpr.GATHER: gather,
+    jaxpr.SLICE: dynamic_slice,
+    lax.dynamic_update_slice_p: dynamic_update_slice,
+    lax.scatter_p: scatter,
+    lax.cummax_p: cumulative,
+    lax.cummin_p: cumulative,
+}
+# What has several results.
+SEVERAL: dict[object, Callable[..., list]] = {lax.sort_p: sort, lax.top_k_p: top_k}
