@@ -330,6 +330,27 @@ def power_of_two(x, bits):
     return int32(value * 2 ** max(bits - 15, 0)) // 2 ** min(max(15 - bits, 0) - whole, 60)
 
 
+def logarithm(x):
+    """2^15 log2(x) of integers of at least 1: a polynomial of what is below the first bit."""
+    coefficients = (1.44268147, -0.72035877, 0.46865888, -0.30163801, 0.14447110, -0.03382205)
+    whole, steps = int(x).bit_length() - 1, [round(c * 2**15) for c in coefficients]
+    part = ((int(x) << 31 - whole) >> 16) % 2**15
+    value = steps[5]
+    for c in steps[4::-1]:
+        value = int32(value * part + 2**14) // 2**15 + c
+    return (whole << 15) + int32(value * part + 2**14) // 2**15
+
+
+def log_sum_exp(v):
+    """The logarithm of the sum of powers along the last axis, less the largest number: integers of Python."""
+    v = within(uniform(v), 2**30 - 1)
+    below, count = v.codes - v.codes.max(-1, keepdims=True), v.codes.shape[-1]
+    reach, spare = same(2 * int(v.reach.max()), below.ndim), math.ceil(math.log2(count))
+    steps = rescaled(held(below, v.scale * math.log2(math.e), -reach, 0 * reach), same(2.0**-15, below.ndim)).codes
+    totals = [sum(power_of_two(x, 29) for x in row) >> spare for row in steps]
+    return [[max(logarithm(total) - ((29 - spare) << 15), 0)] for total in totals]
+
+
 def softmax(v, slope):
     """Softmax along the last axis: integers of Python."""
     v = within(uniform(times(v, np.array(slope))), 2**30 - 1)

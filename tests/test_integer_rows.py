@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 
 import integers
@@ -14,7 +15,7 @@ import jaxq
 from inspection import traced
 from jaxq.integer.audit import floats
 from jaxq.integer.norms import isqrt, mean, normalized
-from jaxq.integer.softmax import exp2, softmax
+from jaxq.integer.softmax import exp2, log2, log_sum_exp, softmax
 from jaxq.integer.values import Coded
 from random_nets import grid
 
@@ -78,6 +79,26 @@ def test_softmax_is_pythons_and_within_a_thousandth(length, slope):
     z = slope * scale * codes
     true = np.exp(z - z.max(-1, keepdims=True))
     np.testing.assert_allclose(out.codes * out.scale, true / true.sum(-1, keepdims=True), atol=5e-4)
+
+
+def test_logarithms_are_near_and_those_of_python():
+    x = np.unique(np.concatenate([np.arange(1, 5000), np.geomspace(1, 2**31 - 1, 20_000).astype(np.int64)]))
+    found = np.asarray(log2(jnp.asarray(x, jnp.int32)))
+    np.testing.assert_array_equal(found, [integers.logarithm(n) for n in x])
+    assert np.abs(found - 2**15 * np.log2(x)).max() < 3
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 300])
+def test_sums_of_powers_have_the_logarithms_of_python(length):
+    codes, scale = rows_of(length, length), 2.0**-12
+    v = coded(codes, scale, 2**30)
+    out = log_sum_exp(v, (1,), shifted=True)
+    np.testing.assert_array_equal(out.codes, integers.log_sum_exp(held(v)))
+    z, top = scale * codes, scale * codes.max(-1, keepdims=True)
+    true = np.log(np.exp(z - top).sum(-1, keepdims=True))
+    np.testing.assert_allclose(out.codes * out.scale, true, atol=5e-4)
+    whole = log_sum_exp(v, (1,), shifted=False)
+    np.testing.assert_allclose(whole.codes * whole.scale, true + top, atol=6e-4)
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -159,11 +180,21 @@ def masked(h):
     return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(h.shape, bool), 3), h, -jnp.inf), axis=-1)
 
 
+def in_groups(h):
+    rows = h.reshape(2, 2, 4, 3, 4)
+    centered = rows - rows.mean((2, 3, 4), keepdims=True)
+    units = centered / jnp.sqrt((centered**2).mean((2, 3, 4), keepdims=True) + 1e-5)
+    return units.reshape(h.shape) * jnp.linspace(-1, 1, 8)[None, :, None, None]
+
+
 def masked_scores(h):
     return jnp.where(h > -1.5, h, -1e9)
 
 
 GAIN = jnp.linspace(-1.0, 2.0, 32)[None]
+LAYER = linen(nn.LayerNorm())
+GROUPS, INSTANCES = (linen(module, (2, 3, 4, 8)) for module in (nn.GroupNorm(4), nn.InstanceNorm()))
+NNX_GROUPS = nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0))
 FORMS = {
     "two_passes": in_two_passes,
     "deviation": by_deviation,
@@ -183,6 +214,24 @@ FORMS = {
     "infinite_mask": lambda h: jax.nn.softmax(h + jnp.where(jnp.tri(6, 32, 9, dtype=bool), 0.0, -jnp.inf)),
     "masked_twice": lambda h: jax.nn.softmax(jnp.where(jnp.arange(32) > 9, masked_scores(h), -jnp.inf)),
     "masked_and_added": lambda h: jax.nn.softmax(masked_scores(h) + jnp.where(jnp.arange(32) > 9, 0.0, -1e9)[None]),
+    "clipped": lambda h: jax.nn.softmax(jnp.clip(h, -60, 60)),
+    "added_mask": lambda h: jax.nn.softmax(h + jnp.where(h > 0, 0.0, -1e9)),
+    "groups": linen(nn.GroupNorm(num_groups=4)),
+    "softmax_of_a_function": lambda h: jax.nn.softmax(8 * jnp.tanh(h / 4)),
+    "softmax_of_a_relu": lambda h: jax.nn.softmax(jax.nn.relu(h)),
+    "log_softmax": jax.nn.log_softmax,
+    "log_softmax_over_columns": lambda h: jax.nn.log_softmax(h / 2, axis=0),
+    "log_softmax_by_hand": lambda h: h - jnp.log(jnp.exp(h).sum(-1, keepdims=True)),
+    "soft_maximum": lambda h: 2 * jax.nn.logsumexp(h / 2, axis=-1),
+    "soft_minimum": lambda h: -jax.nn.logsumexp(-h, axis=-1),
+    "mean_surprise": lambda h: -(jax.nn.softmax(h) * jax.nn.log_softmax(h)).sum(-1),
+    "norm_of_a_relu": lambda h: LAYER(jax.nn.relu(h)),
+    "norm_of_a_function": lambda h: LAYER(jax.nn.gelu(h)),
+    "norm_of_a_norm": lambda h: by_power(in_two_passes(h)),
+    "groups_of_images": lambda h: GROUPS(h.reshape(2, 3, 4, 8)),
+    "groups_of_nnx": lambda h: NNX_GROUPS(h.reshape(2, 3, 4, 8)),
+    "groups_of_channels_first": lambda h: in_groups(h.reshape(2, 8, 3, 4)),
+    "instances": lambda h: INSTANCES(h.reshape(2, 3, 4, 8)),
     "all_hidden": lambda h: jax.nn.softmax(jnp.where(jnp.arange(6)[:, None] > 0, h, -1e9)),
 }
 
@@ -215,11 +264,8 @@ def test_short_floats_are_recognized_too(dtype):
 
 
 OTHERS = {
-    "clipped": lambda h: jax.nn.softmax(jnp.clip(h, -60, 60)),
     "floored": lambda h: jnp.exp(h) / (jnp.exp(h).sum(-1, keepdims=True) + 1e-6),
-    "added_mask": lambda h: jax.nn.softmax(h + jnp.where(h > 0, 0.0, -1e9)),
     "far_above": lambda h: jax.nn.softmax(jnp.where(h > 0, h, 1e9)),
-    "groups": linen(nn.GroupNorm(num_groups=4)),
     "power_of_a_norm": lambda h: h / (h.var(-1, keepdims=True) + 1e-3) ** 0.4,
     "entropy": lambda h: jax.nn.softmax(h) * h / jnp.sqrt(h.var(-1, keepdims=True)),
     "sparsemax_like": lambda h: jax.nn.relu(h) / (1e-3 + jnp.sqrt(jnp.sum(h * h, -1, keepdims=True))),

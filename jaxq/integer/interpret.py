@@ -17,6 +17,7 @@ from jax import lax
 from jaxq.integer import arithmetic, curves, loops, moves, picks, reductions, rows, tables
 from jaxq.integer.entry import EXIT, leave
 from jaxq.integer.hidden import far_after
+from jaxq.integer.origins import origin
 from jaxq.integer.products import Job
 from jaxq.integer.values import (
     HIDDEN,
@@ -49,7 +50,7 @@ class Integers:
 
     jobs: dict[Path, Job]
     problems: list[str]
-    forms: dict[Path, rows.Softmax | rows.Norm]
+    forms: dict[Path, rows.Found]
     layers: tuple[int, ...] = ()
 
     def run(self, body: Body, args: Sequence[Value], path: Path = ()) -> list[Value]:
@@ -117,27 +118,31 @@ class Integers:
 
     def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
         """Apply the rule of an ordinary equation, or of what it is the last one of."""
-        found = rows.composed(eqn, operands)
-        if found is None:
-            return self.alone(eqn, operands)
-        form = self.form(found, path) if rows.completes(found, eqn, operands) else None
-        if form is not None:
-            return form.carried_out(found)
+        by = origin(eqn, operands)
+        if by is not None and any(isinstance(x, Mapped | Rowed) for x in operands):
+            form = self.form(eqn, Rowed(by, Refusal()), (*self.layers, *path))
+            if form is not None:
+                return form
         try:
             value = self.alone(eqn, operands)
         except Refusal as why:  # what nobody asks for may have no integers
+            if by is None:
+                raise
             why.where = why.where or _named(eqn)
-            return Rowed(found, why)
-        return dataclasses.replace(value, rows=found) if isinstance(value, Coded | Mapped) else value
+            return Rowed(by, why)
+        return dataclasses.replace(value, by=by) if by and isinstance(value, Coded | Mapped) else value
 
-    def form(self, found: rows.Rows, path: Path) -> rows.Softmax | rows.Norm | None:
-        """Return what a function of rows is; of a batch whose size is a symbol, what it was at the size built for."""
-        form = rows.recognized(found)
-        if form is not None:
-            self.forms[*self.layers, *path] = form
-        elif rows.is_symbolic(found) and rows.is_counted(found):
-            form = self.forms.get((*self.layers, *path))
-        return form
+    def form(self, eqn: Eqn, result: Rowed, path: Path) -> Coded | None:
+        """Return the integers of what an equation completes; of a batch whose size is a symbol, it is what it was at
+        the size that the program was built for."""
+        known = self.forms.get(path) if rows.is_symbolic(result) else None
+        if known is None and rows.is_symbolic(result):
+            return None
+        completed = rows.completed(eqn, result, known)
+        if completed is None:
+            return None
+        self.forms[path], value = completed
+        return value
 
     def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
         """Apply the rule of an equation by itself."""

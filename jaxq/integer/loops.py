@@ -101,7 +101,7 @@ def _lengthened(x: Coded | Constant) -> Coded | Constant:
     if isinstance(x, Constant):
         return Constant(np.asarray(x.held)[None])
     return dataclasses.replace(
-        x, codes=x.codes[None], scale=x.scale[None], low=x.low[None], high=x.high[None], line=None, rows=None
+        x, codes=x.codes[None], scale=x.scale[None], low=x.low[None], high=x.high[None], line=None, by=None
     )
 
 

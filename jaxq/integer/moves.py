@@ -74,6 +74,15 @@ def _moved(eqn: Eqn, v: Coded) -> Coded:
     return Coded(codes, scale, low, high, v.zero_point, far=v.far, pair=v.pair)
 
 
+def reshaped(v: Coded, shape: Sequence) -> Coded:
+    """Return codes in another shape, of one scale if it is another one."""
+    if tuple(shape) == v.codes.shape:
+        return v
+    v, rank = uniform(v), len(shape)
+    low, high = ones(v.low.min(), rank, np.int64), ones(v.high.max(), rank, np.int64)
+    return Coded(v.codes.reshape(shape), ones(v.scale.max(), rank), low, high, v.zero_point, far=v.far)
+
+
 def _ranked(s: np.ndarray, rank: int) -> np.ndarray:
     return s.reshape((1,) * (rank - s.ndim) + s.shape)
 

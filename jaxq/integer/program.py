@@ -12,7 +12,7 @@ from jaxq.integer import audit
 from jaxq.integer.entry import enter, takers
 from jaxq.integer.interpret import Integers, finished, known
 from jaxq.integer.products import Job
-from jaxq.integer.rows import Norm, Softmax
+from jaxq.integer.rows import Found
 from jaxq.integer.values import Constant, Entry, Plain, Refusal, Refused, Value
 from jaxq.interpretation.arguments import Argnums, Layout, Static, float_of, place, take_apart
 from jaxq.interpretation.convert import convert
@@ -44,7 +44,7 @@ class IntegerProgram:
     plan: Plan
     params: tuple
     argnums: tuple[int, ...]
-    forms: dict[Static, dict[Path, Softmax | Norm]] = dataclasses.field(default_factory=dict, repr=False)
+    forms: dict[Static, dict[Path, Found]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"IntegerProgram({len(self.plan.sites)} sites)"

@@ -1,66 +1,31 @@
 """Softmax and norms, however they are written: found by dataflow, recognized by running the user's own equations.
 
-What is computed from a value by reductions over the same axes, and element by element from there, is a function of its
-rows. It is run on rows of known numbers: what is a softmax, or a norm with some gain and bias, on all of them, is that,
-and has integers of its own (`softmax`, `norms`). A LayerNorm in one pass, in two, or by a standard deviation are one.
+What goes back to one value by reductions along rows, and element by element from there, is run on rows of known
+numbers (`origins`): what is a softmax, or its logarithm's sum, or a norm with some gain and bias, on all of them, is
+that, and has integers of its own (`softmax`, `norms`). A LayerNorm in one pass, in two, or by a standard deviation are
+one, and so is a norm of groups.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxq.integer import arithmetic
-from jaxq.integer.moves import MOVES
+from jaxq.integer import arithmetic, curves, softmax
+from jaxq.integer.moves import reshaped
 from jaxq.integer.norms import normalized
-from jaxq.integer.softmax import softmax
-from jaxq.integer.tables import ELEMENTWISE, once, run
-from jaxq.integer.values import Coded, Constant, Mapped, Rowed, Rows, Value, as_array, line_of
+from jaxq.integer.origins import Cut, View, cuts
+from jaxq.integer.values import Coded, Constant, Mapped, Refusal, Rowed
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Eqn
 
-REDUCTIONS = frozenset({lax.reduce_sum_p, lax.reduce_max_p, lax.reduce_min_p})
 # How close a function comes to a softmax, and to a norm over the size of its gain.
 CLOSE, NEAR = 1e-4, 1e-3
 DRAWS = 3
-
-
-def composed(eqn: Eqn, operands: Sequence[Value]) -> Rows | None:
-    """Return an equation's result as a function of the rows of one value; None if it is not one."""
-    data = [x for x in operands if isinstance(x, Coded | Mapped | Rowed)]
-    constants = [x for x in operands if isinstance(x, Constant)]
-    if len(data) + len(constants) < len(operands) or any(c.array is None for c in constants):
-        return None
-    reduces = eqn.primitive in REDUCTIONS
-    if not (reduces or (any(x.rows for x in data) and eqn.primitive in ELEMENTWISE | MOVES)):
-        return None
-    parts = [x.rows or _alone(x) for x in data]
-    found = next((rows for rows in parts if rows.axes), parts[0])
-    parts = [_alone(found.root) if x is found.root else rows for x, rows in zip(data, parts, strict=True)]
-    if any(rows.root is not found.root for rows in parts):
-        return None
-    axes = frozenset().union(*(rows.axes for rows in parts))
-    if reduces and eqn.invars[0].aval.shape == found.root.codes.shape:
-        axes |= set(eqn.params["axes"])
-
-    def of(x: jax.Array) -> jax.Array:
-        rest = iter(parts)
-        pairs = zip(operands, eqn.invars, strict=True)
-        args = [as_array(o, v.aval) if isinstance(o, Constant) else next(rest).of(x) for o, v in pairs]
-        return run(eqn, args)
-
-    return Rows(found.root, axes, once(of))
-
-
-def _alone(x: Value) -> Rows:
-    """Return a value as a function, element by element, of what it comes from."""
-    line = line_of(x)
-    assert line is not None
-    return Rows(line.root, frozenset(), line.of)
+Shape = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,74 +34,113 @@ class Softmax:
 
     slope: float
 
-    def carried_out(self, rows: Rows) -> Coded:
-        return softmax(rows.root, self.slope, sorted(rows.axes))
+    def carried_out(self, x: Coded, view: View, shape: Shape) -> Coded:
+        return reshaped(softmax.softmax(reshaped(x, view.shape), self.slope, view.axes), shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogSumExp:
+    """`log(sum(exp(x)))`, or, if shifted, `log(sum(exp(x - max(x))))`."""
+
+    shifted: bool
+
+    def carried_out(self, x: Coded, view: View, shape: Shape) -> Coded:
+        return reshaped(softmax.log_sum_exp(reshaped(x, view.shape), view.axes, shifted=self.shifted), shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Norm:
-    """`gain d / sqrt(mean(d^2) + epsilon) + bias`. gain, bias: of the rows' rank, with ones where all are alike."""
+    """`gain d / sqrt(mean(d^2) + epsilon) + bias`. gain, bias: of the result's rank, with ones where all are alike."""
 
     gain: np.ndarray
     bias: np.ndarray
     epsilon: float
     centered: bool
 
-    def carried_out(self, rows: Rows) -> Coded:
-        whole = normalized(rows.root, sorted(rows.axes), centered=self.centered, epsilon=self.epsilon)
-        gained = arithmetic.scaled(whole, self.gain)
+    def carried_out(self, x: Coded, view: View, shape: Shape) -> Coded:
+        whole = normalized(reshaped(x, view.shape), view.axes, centered=self.centered, epsilon=self.epsilon)
+        gained = arithmetic.scaled(reshaped(whole, shape), self.gain)
         return arithmetic.add(None, gained, Constant(self.bias)) if np.any(self.bias) else gained
 
 
-def completes(rows: Rows, eqn: Eqn, operands: Sequence[Value]) -> bool:
-    """Tell whether an equation without integers of its own gives rows as long as those it is a function of."""
+Form = Softmax | LogSumExp | Norm
+
+
+class Found(NamedTuple):
+    """What completes a form. number: of the cut that it is a function of."""
+
+    number: int
+    form: Form
+
+
+def completed(eqn: Any, result: Rowed, known: Found | None) -> tuple[Found, Coded] | None:
+    """Return what an equation completes, and its integers; None if nothing.
+
+    known: what it was found to be for arguments of other sizes, where those at hand are not known in numbers.
+    """
     aval = eqn.outvars[0].aval
-    waits = any(isinstance(x, Mapped | Rowed) for x in operands)
-    return waits and aval.shape == rows.root.codes.shape and jaxpr.is_float(aval)
-
-
-def is_symbolic(rows: Rows) -> bool:
-    """Tell whether the shape is not known in numbers, so that no rows can be drawn."""
-    return not all(isinstance(n, int) for n in rows.root.codes.shape)
-
-
-def is_counted(rows: Rows) -> bool:
-    """Tell whether it is known in numbers how long the rows are."""
-    return all(isinstance(rows.root.codes.shape[axis], int) for axis in rows.axes)
-
-
-def recognized(rows: Rows) -> Softmax | Norm | None:
-    """Return what a function of rows is; None for others, and where the shape is not known in numbers."""
-    if is_symbolic(rows) or not rows.root.codes.size:
+    if not jaxpr.is_float(aval):
         return None
-    probe = _Probe(rows)
+    whole = eqn.primitive is not jaxpr.LOG
+    found = [(n, cut, cut.view) for n, cut in enumerate(cuts(result))]
+    for n, cut, view in reversed(
+        found
+    ):  # the farthest first: a softmax of x, not of what is left when the maximum is off
+        if view is None or math.prod(aval.shape) != math.prod(view.shape if whole else view.each):
+            continue
+        if known is not None and known.number != n:
+            continue
+        try:
+            root = curves.made(cut.root) if isinstance(cut.root, Mapped) else cut.root
+            form = known.form if known else _recognized(cut, root, view, aval.shape)
+            if form is not None:
+                return Found(n, form), form.carried_out(root, view, aval.shape)
+        except Refusal:
+            continue
+    return None
+
+
+def is_symbolic(result: Rowed) -> bool:
+    """Tell whether a shape is not known in numbers, so that no rows can be drawn."""
+    return not all(isinstance(n, int) for v in result.by.eqn.invars for n in v.aval.shape)
+
+
+def _recognized(cut: Cut, root: Coded, view: View, shape: Shape) -> Form | None:
+    """Return what a function of rows is; None for others."""
+    if not root.codes.size:
+        return None
+    probe = _Probe(cut, root, view, shape)
+    if math.prod(shape) != math.prod(view.shape):
+        return probe.log_sum_exp()
     slope = probe.softmax()
     if slope is not None:
         # What hides a position is far below; far above, it would be all that counts.
-        above = rows.root.ends[1] if slope > 0 else -rows.root.ends[0]
-        return Softmax(slope) if above < rows.root.far else None
-    return probe.norm() if rows.root.far == math.inf else None
+        above = root.ends[1] if slope > 0 else -root.ends[0]
+        return Softmax(slope) if above < root.far else None
+    return probe.norm() if root.far == math.inf else None
 
 
 class _Probe:
     """Runs a function on rows of normal numbers around an offset, from one step of its argument to all it may be."""
 
-    def __init__(self, rows: Rows):
-        self.rows, self.axes = rows, tuple(sorted(rows.axes))
-        self.step = float(rows.root.scale.min())
-        self.far = max(*map(abs, rows.root.ends), self.step)
-        self.each = tuple(1 if axis in rows.axes else n for axis, n in enumerate(rows.root.codes.shape))
+    def __init__(self, cut: Cut, root: Coded, view: View, shape: Shape):
+        self.cut, self.shape, self.view, self.result = cut, root.shape, view.shape, shape
+        self.axes, self.each = view.axes, view.each
+        self.step = float(root.scale.min())
+        self.far = max(*map(abs, root.ends), self.step)
         self.count = math.prod(self.each)
         self.rng = np.random.default_rng(0)
 
     def of(self, x: np.ndarray) -> np.ndarray:
+        """Return the function's values, in the shape of rows, or with one number for each."""
         with jax.ensure_compile_time_eval():
-            return np.asarray(self.rows.of(jnp.asarray(x, jnp.float32))).astype(np.float64)
+            y = np.asarray(self.cut.of(jnp.asarray(x, jnp.float32).reshape(self.shape)), np.float64)
+        return y.reshape(self.view if y.size == x.size else self.each)
 
     def draw(self, low: float, high: float) -> np.ndarray:
         """Return rows whose sizes are evenly spread between two, on a scale of logarithms."""
         sizes = np.geomspace(low, high, self.count) if self.count > 1 else np.sqrt([low * high])
-        rows = self.rng.normal(size=self.rows.root.codes.shape) + 0.5 * self.rng.normal(size=self.each)
+        rows = self.rng.normal(size=self.view) + 0.5 * self.rng.normal(size=self.each)
         return (rows * self.rng.permutation(sizes).reshape(self.each)).astype(np.float32).astype(np.float64)
 
     def draws(self, count: int) -> Iterator[np.ndarray]:
@@ -182,6 +186,21 @@ class _Probe:
         powers = np.exp(x - x.max(self.axes, keepdims=True))
         return powers / powers.sum(self.axes, keepdims=True)
 
+    def log_sum_exp(self) -> LogSumExp | None:
+        """Return the logarithm of a sum of powers, shifted by the largest number or not; None where it is neither."""
+        fits = [LogSumExp(False), LogSumExp(True)]
+        for x in (self.draw(1.0, 1.0), self.draw(0.01, 10.0), *self.draws(20)):
+            y, top = self.of(x), x.max(self.axes, keepdims=True)
+            above = np.log(np.exp(x - top).sum(self.axes, keepdims=True))
+            reached, allowed = np.isfinite(y), CLOSE + 1e-6 * np.abs(x).max(self.axes, keepdims=True)
+
+            def fits_row(form: LogSumExp, y=y, above=above, top=top, reached=reached, allowed=allowed) -> bool:
+                wanted = above if form.shifted else above + top
+                return bool(np.all(~reached | (np.abs(np.where(reached, y, 0) - wanted) <= allowed)))
+
+            fits = [form for form in fits if fits_row(form)]
+        return fits[0] if fits else None
+
     # --- norms
 
     def norm(self) -> Norm | None:
@@ -201,11 +220,17 @@ class _Probe:
             gain = sum(u * y for u, y in zip(units, odd, strict=True)) / weight
             gain, bias = (_alike(c, np.abs(gain).max()) for c in (gain, bias))
             if all(self._near(a, gain * u + bias, gain) for u, (a, _) in zip(units, pairs, strict=True)):
-                return self._with_epsilon(gain, bias, centered)
+                epsilon = self._epsilon(gain, bias, centered)
+                gain, bias = (self._of_result(c, np.abs(gain).max()) for c in (gain, bias))
+                return None if epsilon is None else Norm(gain, bias, epsilon, centered)
         return None
 
-    def _with_epsilon(self, gain: np.ndarray, bias: np.ndarray, centered: bool) -> Norm | None:
-        """Return the norm with what its smallest rows show of an epsilon, if it is the function on all rows."""
+    def _of_result(self, c: np.ndarray, size: float) -> np.ndarray:
+        """Return numbers for each of the result's, with ones for the axes along which they are alike."""
+        return _alike(np.broadcast_to(c, self.view).reshape(self.result), size)
+
+    def _epsilon(self, gain: np.ndarray, bias: np.ndarray, centered: bool) -> float | None:
+        """Return the epsilon that the smallest rows of a norm show, if it is the function on all rows."""
         seen = []
         for x in self.draws(40):
             unit, y = gain * self._unit(x, centered), self.of(x) - bias
@@ -214,11 +239,10 @@ class _Probe:
             shown = (share > 0.1) & (share < 1 - NEAR / 10)
             seen.extend((self._square(x, centered) * (1 / np.where(shown, share, 1) ** 2 - 1))[shown])
         epsilon = float(np.median(seen)) if seen else 0.0
-        found = Norm(gain, bias, epsilon, centered)
         for x in self.draws(40):
             if not self._near(self.of(x), gain * self._unit(x, centered, epsilon) + bias, gain):
                 return None
-        return found
+        return epsilon
 
     def _deviation(self, x: np.ndarray, centered: bool) -> np.ndarray:
         return x - x.mean(self.axes, keepdims=True) if centered else x

@@ -58,21 +58,17 @@ class Line(NamedTuple):
     name: str = "function"
 
 
-class Rows(NamedTuple):
-    """Where a value comes from, if it is a function of one other value, row by row: `value = of(root)`.
+class By(NamedTuple):
+    """How a value was computed: by an equation, from these values."""
 
-    axes: those of the root along which its rows go; of: as in `Line`, on arrays of the root's shape.
-    """
-
-    root: "Coded"
-    axes: frozenset[int]
-    of: Callable[[jax.Array], jax.Array]
+    eqn: Any
+    operands: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Coded:
     """Codes of real numbers. codes: int8, or int32 with zero point 0; scale, low, high: [...] of the codes' rank, with
-    ones where all are alike; line, rows: what it is a function of, by default of nothing but itself;
+    ones where all are alike; line: what it is a function of, by default of nothing but itself; by: how it was computed;
     far: real numbers of this size and above stand for larger ones, as those that hide a position from a softmax;
     pair: of what a truth value was made into, the number for false and that for true."""
 
@@ -82,9 +78,13 @@ class Coded:
     high: np.ndarray
     zero_point: int = 0
     line: Line | None = None
-    rows: Rows | None = None
+    by: By | None = None
     far: float = math.inf
     pair: tuple[float, float] | None = None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.codes.shape
 
     @property
     def is_narrow(self) -> bool:
@@ -111,14 +111,18 @@ class Mapped:
     """A function of a value, element by element, that becomes a table once it is known on which grid it is wanted."""
 
     line: Line
-    rows: Rows | None = None
+    by: By | None = None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.line.root.shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rowed:
-    """A function of a value's rows without integers so far: part of a softmax or a norm, or `why` is raised."""
+    """What has no integers so far: part of a softmax or a norm, or `why` is raised."""
 
-    rows: Rows
+    by: By
     why: Refusal
 
 
