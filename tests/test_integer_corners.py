@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import jaxq
+from jaxq.integer.quotients import divided
 
 pytestmark = pytest.mark.shared
 STATIC = jaxq.w8a8(static=True)
@@ -120,6 +121,75 @@ def test_functions_with_a_bend_at_zero_have_a_point_there(function, seed):
     assert np.abs(integers - imitation).max() < 1e-3
 
 
+NEAR_ZERO = {
+    "a root": lambda h: jnp.sqrt(jnp.abs(h)),
+    "a root with a sign": lambda h: jnp.sign(h) * jnp.sqrt(jnp.abs(h) + 1e-4),
+    "a cubic root": jnp.cbrt,
+    "a logarithm": lambda h: jnp.log(jnp.abs(h) + 1e-3),
+    "a logarithm of one more": lambda h: jnp.log1p(jnp.abs(h)),
+    "the law of telephones": lambda h: jnp.sign(h) * jnp.log1p(255 * jnp.abs(h)),
+    "a power": lambda h: jnp.abs(h) ** 0.75,
+    "one over": lambda h: 1 / (0.01 + jnp.abs(h)),
+    "one over a root": lambda h: lax.rsqrt(1e-3 + (h * h).mean(-1)),
+    "a deviation": lambda h: h.std(-1),
+    "a length": lambda h: jnp.linalg.norm(h, axis=-1),
+    "over a deviation": lambda h: h[:, ::-1] / (0.1 + h.std(-1, keepdims=True)),
+    "a response over its neighbours'": lambda h: h / (1 + (h * h).mean(-1, keepdims=True)) ** 0.75,
+    "one value over another": lambda h: h[:, ::-1] / (1 + jnp.abs(h)),
+    "a number over a value": lambda h: 2 / (1 + jnp.abs(h).sum(-1)),
+    "over a function": lambda h: h[:, ::-1] / (1 + jnp.exp(h)),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 30])
+@pytest.mark.parametrize("name", NEAR_ZERO)
+def test_functions_that_change_fast_near_zero_are_followed(name, scale):
+    """Within a part of what they are, however small the argument; the matrix has outputs of many sizes."""
+
+    def f(p, x):
+        h = dense(p, x)
+        return h, NEAR_ZERO[name](h)
+
+    params = {"w": drawn(8, 6) * scale * jnp.asarray([[1e-3, 0.01, 0.1, 1, 3, 0]])}
+    program = jaxq.integer(f, planned(f, params, (X,)))(params, X)
+    h, found = (np.asarray(y, np.float64) for y in program(X))
+    wanted = np.asarray(NEAR_ZERO[name](jnp.asarray(h, jnp.float32)), np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=1 / 64, atol=2e-3 * np.abs(wanted).max())
+
+
+QUOTIENTS = {
+    "shares": lambda h: jax.nn.relu(h) / jax.nn.relu(h).sum(-1, keepdims=True),
+    "of the largest": lambda h: h / jnp.abs(h).max(-1, keepdims=True),
+    "of others": lambda h: (h[:, :3] / (h[:, 3:] + 5)).T.reshape(5, 3),
+    "moved": lambda h: (h / jnp.abs(h).sum(-1, keepdims=True)).reshape(5, 2, 3).transpose(0, 2, 1).reshape(5, 6),
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_a_site_takes_one_value_over_another(name):
+    def f(p, x):
+        ratio = QUOTIENTS[name](dense(p, x))
+        return ratio @ p["v"][: ratio.shape[1]]
+
+    params = {"w": drawn(8, 6) + 0.1, "v": drawn(6, 4)}
+    ((integers, imitation, real),) = compared(f, params, X)
+    assert np.abs(integers - imitation).max() < 0.02 * np.abs(real).max()
+    assert np.abs(integers - real).max() < 0.05 * np.abs(real).max()
+
+
+def test_quotients_are_near_and_saturate():
+    draw = np.random.default_rng(0)
+    a, b = ((draw.choice([-1, 1], 20_000) * 2.0 ** draw.uniform(0, 31, 20_000)).clip(-(2**31), 2**31 - 1) for _ in "ab")
+    a, b = (x.astype(np.int64) for x in (a, b))
+    b[:100] = 0
+    for ratio in (1.0, 0.37, 1e-5, 1e6, 3e-9):
+        found = np.asarray(divided(jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32), ratio), np.float64)
+        true = np.where(b == 0, np.inf * np.sign(a), ratio * a / np.where(b == 0, 1, b))
+        fits = np.abs(true) < 2**27
+        assert np.all(np.abs(found - true)[fits] <= 0.5 + 2**-12 * np.abs(true[fits]))
+        assert np.all((found * np.sign(true))[~fits] >= 2**27)
+
+
 def test_a_loop_whose_state_starts_as_another_value_is_no_tanh():
     """What `jaxq.tflite` fixes the range of: the first state is no output of tanh, and would saturate."""
 
@@ -159,6 +229,21 @@ def test_masks_that_are_added_hide_as_selected_ones_do(kind, number):
 
 
 REFUSED = {
+    "one over what may be zero": (
+        lambda p, x, m: dense(p, x)[:, 0] / jnp.abs(dense(p, x)).sum(-1),
+        X,
+        "div at .* divides by what may be zero, or near to it: bound it from below",
+    ),
+    "one over what may be next to nothing": (
+        lambda p, x, m: 1 / (1e-9 + jnp.abs(dense(p, x))),
+        X,
+        "changes too fast for a table",
+    ),
+    "what hides, over another": (
+        lambda p, x, m: (jnp.where(m > 0, dense(p, x), -jnp.inf) / dense(p, x)) @ p["w"][:6],
+        X,
+        "far from all others",
+    ),
     "parts of its own": (
         lambda p, x, m: x[:, :8] @ p["w"] + x[:, 8:],
         jnp.concatenate([X, 100 * drawn(5, 6)], 1),

@@ -232,6 +232,8 @@ FORMS = {
     "groups_of_nnx": lambda h: NNX_GROUPS(h.reshape(2, 3, 4, 8)),
     "groups_of_channels_first": lambda h: in_groups(h.reshape(2, 8, 3, 4)),
     "instances": lambda h: INSTANCES(h.reshape(2, 3, 4, 8)),
+    "power_of_a_norm": lambda h: h / (h.var(-1, keepdims=True) + 1e-3) ** 0.4,
+    "with_a_jump": lambda h: h / jnp.maximum(jnp.sqrt(jnp.mean(h * h, -1, keepdims=True)), 1.0),
     "all_hidden": lambda h: jax.nn.softmax(jnp.where(jnp.arange(6)[:, None] > 0, h, -1e9)),
 }
 
@@ -266,10 +268,8 @@ def test_short_floats_are_recognized_too(dtype):
 OTHERS = {
     "floored": lambda h: jnp.exp(h) / (jnp.exp(h).sum(-1, keepdims=True) + 1e-6),
     "far_above": lambda h: jax.nn.softmax(jnp.where(h > 0, h, 1e9)),
-    "power_of_a_norm": lambda h: h / (h.var(-1, keepdims=True) + 1e-3) ** 0.4,
     "entropy": lambda h: jax.nn.softmax(h) * h / jnp.sqrt(h.var(-1, keepdims=True)),
     "sparsemax_like": lambda h: jax.nn.relu(h) / (1e-3 + jnp.sqrt(jnp.sum(h * h, -1, keepdims=True))),
-    "with_a_jump": lambda h: h / jnp.maximum(jnp.sqrt(jnp.mean(h * h, -1, keepdims=True)), 1.0),
 }
 
 

@@ -165,9 +165,7 @@ def square(eqn: Eqn, x: Coded) -> Coded:
 
 
 def div(eqn: Eqn, a, b) -> Coded:
-    """By a constant."""
-    if not isinstance(b, Constant):
-        raise Refusal("divides by a value: only constants and functions of one value have an integer form")
+    """By a constant; by a value it is `quotients.quotient`."""
     if not np.all(b.reals):
         raise Refusal("divides by zero")
     return mul(eqn, a, Constant(1 / b.reals))

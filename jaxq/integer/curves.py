@@ -5,16 +5,17 @@ TensorFlow Lite for 16 bits, over the range in which it changes.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic
-from jaxq.integer.scales import rescaled
-from jaxq.integer.tables import POINTS, changing, check, evaluate, points_of
-from jaxq.integer.values import INT8, Coded, Constant, Line, Mapped, Refusal, ones, wide
+from jaxq.integer import arithmetic, octaves
+from jaxq.integer.scales import narrowed, rescaled
+from jaxq.integer.tables import POINTS, changing, check, evaluate, looked_up, points_of
+from jaxq.integer.values import INT8, Affine, Coded, Constant, Line, Mapped, Refusal, ones, wide
 
 # Bits of a function's values, and of what lies between two of its points; bits of its argument's farthest point.
 BITS, FARTHEST = 15, 29
@@ -23,16 +24,53 @@ SEGMENTS = 256
 COARSE = 8
 # How many of 255 steps lines may be off between two points: a function by itself, and one that is added to a line.
 FEW, SOME = 1, 6
+# The part of a function that points by octaves may leave it by: to be taken first, and to be taken at all.
+CLOSE, NEAR = 2.0**-10, 2.0**-8
 
 
 def made(value: Mapped) -> Coded:
     """Return a function's codes on a grid of its own, where nobody who takes it has one.
 
+    Points by octaves are as near to small values as to large ones, evenly spaced ones where the function is fast far
+    from zero. Raises `Refusal` where neither follow it.
+    """
+    line = value.line
+    if line.root.is_narrow and line.root.scale.size == 1:
+        return _alone(line)
+    return _first(_octaves(CLOSE), _evenly, _octaves(NEAR))(line)
+
+
+def placed(value: Mapped, grid: Affine) -> Coded:
+    """Return a function's int8 codes on the grid of who takes it. Raises `Refusal` where nothing follows it."""
+    return narrowed(_first(lambda line: looked_up(line, grid), _octaves(NEAR))(value.line), grid)
+
+
+def _octaves(part: float) -> Callable[[Line], Coded]:
+    return lambda line: octaves.followed(line, part)
+
+
+def _first(*ways: Callable[[Line], Coded]) -> Callable[[Line], Coded]:
+    """Return what makes a function's codes by the first of several ways that can; the last but one says why not."""
+
+    def tried(line: Line) -> Coded:
+        reasons: list[Refusal] = []
+        for way in ways:
+            try:
+                return way(line)
+            except Refusal as why:
+                reasons.append(why)
+        raise reasons[-2]
+
+    return tried
+
+
+def _evenly(line: Line) -> Coded:
+    """Return a function's codes by a table of evenly spaced points.
+
     What is proved of a sum is much wider than what it holds, so that steps over all that a function might be would be
     too coarse. A bounded function has a grid all the same; one that grows like a line on either side (GELU, SiLU, ELU)
     is that line, in int32, plus a bounded rest, which is the table.
     """
-    line = value.line
     if (line.root.is_narrow and line.root.scale.size == 1) or _is_bounded(line):
         return _alone(line)
     left, right = _slopes(line)
@@ -136,7 +174,12 @@ def _far(line: Line) -> float:
 
 
 def _slopes(line: Line) -> tuple[float, float]:
-    """Return how fast a function grows far to the left and far to the right."""
-    far = _far(line)
-    a, b, c, d = evaluate(line, far * np.array([-2.0, -1.0, 1.0, 2.0]))
-    return float((b - a) / far), float((d - c) / far)
+    """Return how fast a function grows far to the left and far to the right, where its argument may be."""
+    far, (low, high) = _far(line), line.root.ends
+    return (_slope(line, -far) if low < 0 else 0.0), (_slope(line, far) if high > 0 else 0.0)
+
+
+def _slope(line: Line, far: float) -> float:
+    """Return how fast a function grows from one place to twice as far."""
+    a, b = evaluate(line, far * np.array([1.0, 2.0]))
+    return float((b - a) / far)

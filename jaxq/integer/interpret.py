@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, curves, loops, moves, picks, reductions, rows, tables
+from jaxq.integer import arithmetic, curves, loops, moves, picks, quotients, reductions, rows, tables
 from jaxq.integer.entry import EXIT, leave
 from jaxq.integer.hidden import far_after
 from jaxq.integer.origins import origin
@@ -161,6 +161,8 @@ class Integers:
         divides = eqn.primitive is lax.div_p and not isinstance(operands[1], Constant)
         if line is not None and (waits or rule is None or divides):
             return Mapped(line)
+        if divides:
+            return quotients.quotient(*operands)
         if rule is None:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         rank = len(eqn.outvars[0].aval.shape)

@@ -16,9 +16,9 @@ from jax import lax
 
 from jaxq.decisions import integer_form
 from jaxq.decisions.decision import Decision
-from jaxq.integer import embedding, tables
+from jaxq.integer import curves, embedding, quotients
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Value, ones, there, wide
+from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.lowering.conv import sums_of_kernel
@@ -70,10 +70,11 @@ class Job:
         if number == self.item.weight:
             return self._weight(x)
         if isinstance(x, Mapped):
-            return tables.looked_up(x.line, self.grid(number))
+            return curves.placed(x, self.grid(number))
+        if isinstance(x, Rowed):
+            return quotients.placed(x, self.grid(number))
         if isinstance(x, Constant):  # in the first iteration of a loop
             return _known(x.held, self.item.site.operands[number].shape, self.grid(number))
-        x = there(x)
         if not isinstance(x, Coded):
             raise Refusal("multiplies what is not a quantized value")
         if x.far < math.inf:
@@ -159,8 +160,18 @@ def _sums(op: Dot | Conv, left: Coded, right: Coded, weight: int | None) -> Code
     if x.zero_point:
         acc = acc - _correction(op, pair, weight, acc.shape)
     products, axes = np.stack([w.low * int(end) for end in (x.low.min(), x.high.max(), 0)]), op.contracted[weight]
-    low, high = (pick(products, axis=0).sum(axes, keepdims=True) for pick in (np.min, np.max))
-    return wide(acc, scale, to_output(op, low, weight, ranks), to_output(op, high, weight, ranks))
+    bounds = (pick(products, axis=0).sum(axes, keepdims=True) for pick in (np.min, np.max))
+    low, high = (to_output(op, end, weight, ranks) for end in bounds)
+    return wide(acc, _of_zeros_as_others(scale, low, high), low, high)
+
+
+def _of_zeros_as_others(scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return scales of which those of channels that are zero, which may be anything, are as small as the others'."""
+    empty = np.broadcast_to((low == 0) & (high == 0), np.broadcast_shapes(low.shape, scale.shape))
+    if not empty.any() or empty.all():
+        return scale
+    whole = np.broadcast_to(scale, empty.shape)
+    return np.where(empty, whole[~empty].min(), whole)
 
 
 def _correction(op: Dot | Conv, pair: tuple[Coded, Coded], weight: int, out: tuple[int, ...]) -> jax.Array:
