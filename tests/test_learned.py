@@ -371,6 +371,50 @@ def test_a_layer_of_zeros_is_zero_and_can_be_trained(weight):
     assert losses[-1] < 0.5 * losses[0]
 
 
+STARTS = {"4 bits": jaxq.Quantizer(Int(4), calibrator=jaxq.learned()), "apot": jaxq.apot(4), "ttq": jaxq.ttq()}
+STARTS |= {"power of two": jaxq.Quantizer(Int(4), power_of_two=True, calibrator=jaxq.learned())}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_steps_of_zero_come_back(name):
+    """Through a ReLU too, which lets no gradient of zeros through."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((32, 12), (12, 4)))
+    target = jax.nn.relu(x @ w)
+
+    def f(w, x):
+        return jax.nn.relu(x @ w)
+
+    def loss(plan):
+        return jnp.mean((jaxq.qat(f, plan)(w, x) - target) ** 2)
+
+    def started(value):
+        (none, leaf), = plan.ranges  # fmt: skip
+        values = jax.tree.map(lambda v: jnp.full_like(v, value), leaf.value)
+        return jaxq.Plan(plan.decisions, ((none, leaf._replace(value=values)),))
+
+    _, plan = jaxq.observe(f, jaxq.weight_only(STARTS[name]))(w, x)
+    plan, tiny = started(0.0), started(2.0**-125)
+    trained = jax.jit(jaxq.qat(f, plan))(w, x)
+    np.testing.assert_allclose(trained, 0, atol=1e-30)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(f, plan))(jaxq.convert(f, plan)(w, x), x), trained)
+    # What is below the least step in use is used as that.
+    np.testing.assert_array_equal(*(jax.tree.leaves(jax.grad(loss)(p))[0] for p in (plan, tiny)))
+    optimizer = optax.adam(3e-2)
+
+    @jax.jit
+    def step(plan, state):
+        value, gradient = jax.value_and_grad(loss)(plan)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(plan, updates), state, value
+
+    state, losses = optimizer.init(plan), []
+    for _ in range(60):
+        plan, state, value = step(plan, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.4 * losses[0]
+
+
 def test_zeros_alone_give_way_to_what_is_seen_later():
     def f(w, x):
         return x @ w

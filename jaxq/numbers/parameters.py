@@ -78,8 +78,9 @@ def learned(*, frozen: bool = False, rule: str = LSQ) -> Learned:
     centroids are trained, and every value stays with its own (Han et al. 2016, section 3.3): parameters are a pair, the
     centroids and what they were at first, by which values are assigned, and no gradient goes on to the values; decay
     neither (`jaxq.labels` marks the second as fixed). rule: of integers, "lsq" or "pact", by which only what is clipped
-    moves a step (Choi et al. 2018, eq. 3); its L2 penalty is `optax.add_decayed_weights` on the steps. Raises
-    `ValueError` for other rules.
+    moves a step (Choi et al. 2018, eq. 3); its L2 penalty is `optax.add_decayed_weights` on the steps. A step is used
+    by its absolute value, at least 2^-120, so that training cannot make it zero or negative. Raises `ValueError` for
+    other rules.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
