@@ -371,6 +371,45 @@ def test_a_layer_of_zeros_is_zero_and_can_be_trained(weight):
     assert losses[-1] < 0.5 * losses[0]
 
 
+KINDS = {
+    "steps": dict(format=Int(4)),
+    "zero point": dict(format=Int(4, signed=False), symmetric=False),
+    "centroids": dict(format=jaxq.Codebook(4)),
+    "levels": dict(format=jaxq.apot(5).format),
+}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_shows_and_gives_way_to_what_is_seen_later(kind, bad):
+    w, x = jnp.eye(4), jnp.arange(1.0, 9.0).reshape(2, 4)
+    act = jaxq.Quantizer(**KINDS[kind], per_tensor=True, calibrator=jaxq.learned())
+    f, policy, broken = (lambda w, x: x @ w), {"*": jaxq.Scheme(act=act)}, x.at[0, 0].set(bad)
+    with pytest.raises(ValueError, match="batch 0 brings NaN or infinity to site"):
+        jaxq.calibrate(f, policy, progress=False)(w, [broken])
+    _, want = jaxq.observe(f, policy)(w, x)
+    _, plan = jax.jit(jaxq.observe(f, jaxq.make_plan(f, policy)(w, x)))(w, broken)
+    assert np.isnan(jaxq.qat(f, plan)(w, x)).all()
+    np.testing.assert_array_equal(jaxq.observe(f, plan, quantized=True)(w, x)[0], jaxq.qat(f, want)(w, x))
+    _, plan = jaxq.observe(f, plan)(w, x)
+    jax.tree.map(np.testing.assert_array_equal, plan.ranges[0][0].value, want.ranges[0][0].value)
+    _, plan = jaxq.observe(f, plan)(w, broken)  # what was learned stays
+    jax.tree.map(np.testing.assert_array_equal, plan.ranges[0][0].value, want.ranges[0][0].value)
+
+
+def test_what_is_not_finite_shows_in_one_iteration_of_a_loop():
+    act = jaxq.Quantizer(Int(4), per_tensor=True, calibrator=jaxq.learned())
+    xs = jnp.ones((3, 2, 4))
+
+    def f(w, xs):
+        return jax.lax.scan(lambda h, x: (h + x @ w, None), jnp.zeros((2, 4)), xs)[0]
+
+    for number in range(3):
+        with pytest.raises(ValueError, match="batch 0 brings NaN or infinity to site"):
+            broken = xs.at[number, 0, 0].set(jnp.nan)
+            jaxq.calibrate(f, {"*": jaxq.Scheme(act=act)}, progress=False)(jnp.eye(4), [broken])
+
+
 STARTS = {"4 bits": jaxq.Quantizer(Int(4), calibrator=jaxq.learned()), "apot": jaxq.apot(4), "ttq": jaxq.ttq()}
 STARTS |= {"power of two": jaxq.Quantizer(Int(4), power_of_two=True, calibrator=jaxq.learned())}
 

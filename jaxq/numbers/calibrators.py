@@ -92,8 +92,8 @@ def shown_if_blank(r: Leaf) -> Leaf:
 
 
 def is_seen(leaf: Leaf) -> jax.Array:
-    """Tell where there is something to quantize by, [*stack]: parameters of zeros alone give way to others."""
-    return is_settled(leaf.count) if isinstance(leaf, Parameters) else jnp.asarray(leaf.count) > 0
+    """Tell where there is something to quantize by, [*stack]: parameters of zeros alone, and of NaN, give way."""
+    return is_settled(leaf) if isinstance(leaf, Parameters) else jnp.asarray(leaf.count) > 0
 
 
 def merge(a: Leaf, b: Leaf) -> Leaf:
