@@ -454,6 +454,67 @@ def test_steps_of_zero_come_back(name):
     assert losses[-1] < 0.4 * losses[0]
 
 
+def branching(params, x):
+    """Two branches, the second with a scan over layers that take either of two, and a loop that need not run."""
+
+    def one(x):
+        return x @ params["a"]
+
+    def other(x):
+        def layer(x, pair):
+            number, w = pair
+            return jax.lax.cond(number % 2 == 0, lambda x: x @ w, lambda x: x @ (2 * params["odd"]), x), None
+
+        return jax.lax.scan(layer, x, (jnp.arange(3), params["layers"]))[0]
+
+    x = jax.lax.cond(x[0, 0] > 100, one, other, x)
+    return jax.lax.while_loop(lambda x: x[0, 0] > 100, lambda x: x @ params["loop"] / 2, x)
+
+
+@pytest.mark.parametrize("watch", [lambda f: f, jax.jit], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("weight", [jaxq.int4(calibrator=jaxq.learned()), kmeans(3)], ids=["steps", "centroids"])
+def test_weights_of_branches_that_do_not_run_are_started(weight, watch):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "layers": (3, 4, 4), "odd": (4, 4), "loop": (4, 4)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x, policy = jnp.ones((2, 4)), jaxq.weight_only(weight)
+    blank = jaxq.make_plan(branching, policy)(params, x)
+    plan = watch(jaxq.observe(branching, blank))(params, x)[1].check(observed=True)
+    assert plan.range("layers")[1].count.tolist() == [1, 1, 1]
+    sums = {"a": params["a"], "odd": 2 * params["odd"], "loop": params["loop"]}
+    for name, w in sums.items():
+        alone = jaxq.observe(lambda w, x: x @ w, policy)(w, x)[1].ranges[0][1]
+        jax.tree.map(np.testing.assert_array_equal, plan.range(name)[1], alone)
+    for start in (x, 101 * x):  # either branch
+        trained = jax.jit(jaxq.qat(branching, plan))(params, start)
+        converted = jaxq.convert(branching, plan)(params, start)
+        np.testing.assert_array_equal(jax.jit(jaxq.quantize(branching, plan))(converted, start), trained)
+        assert np.isfinite(trained).all()
+
+
+def test_importance_is_that_of_weights_in_branches_too():
+    params = {"a": jnp.array([[1.0], [2.0], [9.0]]), "b": jnp.array([[1.0], [2.0], [9.0]])}
+
+    def f(params, x):
+        return jax.lax.cond(x[0, 0] > 100, lambda x: x @ params["a"], lambda x: x @ params["b"], x)
+
+    importance = {"a": jnp.array([[1.0], [0.0], [1.0]]), "b": jnp.array([[0.0], [1.0], [1.0]])}
+    _, plan = jaxq.observe(f, jaxq.weight_only(kmeans(2)), importance=importance)(params, jnp.ones((1, 3)))
+    assert plan.range("a")[1].value.ravel().tolist() == [1.0, 9.0]
+    assert plan.range("b")[1].value.ravel().tolist() == [2.0, 9.0]
+
+
+def test_activations_of_branches_that_did_not_run_are_named():
+    def f(params, x):
+        return jax.lax.cond(x[0, 0] > 100, lambda x: x @ params["a"], lambda x: x @ params["b"], x)
+
+    params, x = {"a": jnp.eye(4), "b": jnp.eye(4)}, jnp.ones((2, 4))
+    act = jaxq.Quantizer(Int(8), per_tensor=True, calibrator=jaxq.learned())
+    _, plan = jaxq.observe(f, jaxq.Scheme(weight=jaxq.int8(), act=act))(params, x)
+    with pytest.raises(ValueError, match=r"no data: a; run jaxq.calibrate.* with batches that reach a \(in a branch"):
+        jaxq.qat(f, plan)(params, x)
+
+
 def test_zeros_alone_give_way_to_what_is_seen_later():
     def f(w, x):
         return x @ w

@@ -62,13 +62,14 @@ def join(values: Iterable[Value]) -> Value:
 
 class Around(NamedTuple):
     """What encloses an equation: loops (path, length; None for a while), a shard_map, an opaque primitive,
-    scopes, a backward pass."""
+    scopes, a backward pass, a branch."""
 
     loops: tuple[tuple[Path, int | None], ...] = ()
     manual: bool = False
     opaque: str = ""
     scope: tuple[str, ...] = ()
     backward: bool = False
+    branch: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +260,8 @@ def _while(loop: While, ins: list[Value], path: Path, around: Around, visit: Vis
 
 
 def _branches(sub: Branches, ins: list[Value], path: Path, around: Around, visit: Visit) -> list[Value]:
-    outs = [flow(body, ins[1:], (*path, n), around, visit) for n, body in enumerate(sub.bodies)]
+    inner = around._replace(branch=True)
+    outs = [flow(body, ins[1:], (*path, n), inner, visit) for n, body in enumerate(sub.bodies)]
     joined = [join(values) for values in zip(*outs, strict=True)]
     return joined if ins[0].pure else [v._replace(pure=False, leaf=None) for v in joined]
 

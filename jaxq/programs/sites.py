@@ -106,7 +106,8 @@ class Feed(NamedTuple):
 class Located:
     """A site in one program. weight: index of its weight operand; leaf: the parameter leaf the weight is, if it is one;
     sources: all leaves it is made of; stacked: paths of the scans that iterate over it; convertible: whether its codes
-    can be computed ahead of time; feeds: for each operand the site whose output it is, if it is one."""
+    can be computed ahead of time; feeds: for each operand the site whose output it is, if it is one; maybe: whether a
+    run of the program may pass it by, as it is in a branch or a while loop."""
 
     site: Site
     path: Path
@@ -117,3 +118,4 @@ class Located:
     stacked: frozenset[Path]
     convertible: bool
     feeds: tuple[Feed | None, ...] = ()
+    maybe: bool = False
