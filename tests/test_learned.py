@@ -515,6 +515,37 @@ def test_activations_of_branches_that_did_not_run_are_named():
         jaxq.qat(f, plan)(params, x)
 
 
+@pytest.mark.parametrize("kind", ["vjp", "jvp"])
+def test_plans_say_what_a_custom_derivative_does_without(kind):
+    def inner(w, x):
+        return x @ w
+
+    inner = jax.custom_vjp(inner) if kind == "vjp" else jax.custom_jvp(inner)
+    if kind == "vjp":
+        inner.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+    else:
+        inner.defjvp(lambda p, t: (p[1] @ p[0], p[1] @ t[0] + t[1] @ p[0]))
+
+    def f(params, x):
+        return jax.checkpoint(inner)(params["a"], x) @ params["b"]
+
+    params, x = {"a": jnp.eye(4), "b": jnp.eye(4)}, X[:, :4]
+    weight = jaxq.int4(calibrator=jaxq.learned(), estimator=jaxq.EWGS())
+    _, plan = jaxq.observe(f, jaxq.Scheme(weight=weight))(params, x)
+    gradient = jax.grad(lambda plan: jnp.sum(jaxq.qat(f, plan)(params, x) ** 2))(plan)
+    assert not np.any(gradient.range("a")[1].value) and np.any(gradient.range("b")[1].value)
+    for same in (plan, jaxq.Plan.from_json(plan.to_json())):
+        a, b = (line for line in str(same).splitlines() if line.startswith(("a ", "b ")))
+        assert a.endswith("has a custom derivative, without learned() and estimator=") and "custom" not in b
+    others = {
+        "dkm()": jaxq.Scheme(jaxq.kmeans(4, fit=jaxq.dkm(0.1))),
+        "grad=": jaxq.Scheme(jaxq.int8(), grad=jaxq.int8()),
+    }
+    for name, scheme in others.items():
+        assert jaxq.make_plan(f, scheme)(params, x)["a"].unheeded == (name,)
+    assert "custom" not in str(jaxq.make_plan(f, jaxq.w8a8())(params, x))
+
+
 def test_zeros_alone_give_way_to_what_is_seen_later():
     def f(w, x):
         return x @ w

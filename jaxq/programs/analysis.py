@@ -297,6 +297,7 @@ def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], 
         stack=tuple(length for path, length in item.around.loops if path in stacked),
         scope="/".join(scope),
         obstacle=why,
+        custom=item.around.custom,
     )
     in_while = any(path in value.variant for path, length in item.around.loops if length is None)
     convertible = weight is not None and not in_while and not item.around.manual

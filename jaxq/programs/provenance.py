@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, Branches, Eqn, Loop, Manual, Opaque, While
+from jaxq.programs.jaxpr import Body, Branches, CustomRule, Eqn, Loop, Manual, Opaque, While
 from jaxq.programs.moves import ZERO, moved
 from jaxq.programs.sites import Leaf, Made, Path
 
@@ -62,7 +62,7 @@ def join(values: Iterable[Value]) -> Value:
 
 class Around(NamedTuple):
     """What encloses an equation: loops (path, length; None for a while), a shard_map, an opaque primitive,
-    scopes, a backward pass, a branch."""
+    scopes, a backward pass, a branch, a function with a derivative of its own."""
 
     loops: tuple[tuple[Path, int | None], ...] = ()
     manual: bool = False
@@ -70,6 +70,7 @@ class Around(NamedTuple):
     scope: tuple[str, ...] = ()
     backward: bool = False
     branch: bool = False
+    custom: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _step(eqn: Eqn, ins: list[Value], path: Path, around: Around, visit: Visit) 
         inner = inner._replace(manual=True)
         outs = flow(sub.body, [_part(v) for v in ins], (*path, 0), inner, visit)
         return [_part(v) for v in outs]
+    inner = inner._replace(custom=inner.custom or isinstance(sub, CustomRule))
     return flow(sub.body, ins, (*path, 0), inner, visit)
 
 
