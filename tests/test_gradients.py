@@ -361,6 +361,15 @@ def test_the_mask_tests_the_rounded_value(act, seen, x, passes):
     np.testing.assert_allclose(np.asarray(gradient)[0], passes, rtol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [jaxq.b158(), jaxq.ternary(), jaxq.binary()], ids=["b1.58", "TWN", "XNOR"])
+def test_ternary_and_binary_weights_have_gradients_beyond_their_codes(weight):
+    """As in the papers: `w + stop_gradient(w^ - w)`, whose derivative is one, however large a weight is."""
+    w = jnp.array([[0.1], [-0.2], [10.0], [-10.0]])
+    x = jnp.array([[1.0, 2.0, 3.0, 4.0]])
+    gradient = jax.grad(lambda w: jaxq.qat(lambda w, x: x @ w, jaxq.weight_only(weight))(w, x).sum())(w)
+    np.testing.assert_array_equal(gradient, x.T)
+
+
 def test_weights_in_a_dead_channel_have_gradients():
     """A channel of zeros learns: its scale is one, its gradient that of the float program."""
     params = {"w": jnp.zeros((3, 2), jnp.float32).at[:, 0].set(1.0)}

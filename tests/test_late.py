@@ -106,6 +106,49 @@ def test_a_backward_pass_holds_codes_and_less_than_a_layer_of_floats():
     assert codes < held < codes + (floats / 2 if jax.__version_info__ >= (0, 11) else floats)
 
 
+def perceptron(params, x):
+    for w in params[:-1]:
+        x = jax.nn.relu(x @ w)
+    return x @ params[-1]
+
+
+def convolutions(params, x):
+    for w in params[:-1]:
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    return x.reshape(len(x), -1) @ params[-1]
+
+
+NETS = {
+    "mlp": (perceptron, [(256, 256)] * 4, (128, 256)),
+    "cnn": (convolutions, [(3, 3, 3, 16), (3, 3, 16, 32), (2048, 10)], (32, 32, 32, 3)),
+}
+LEARNED = jaxq.Scheme(
+    weight=jaxq.int4(calibrator=jaxq.learned()), act=jaxq.int4(per_tensor=True, calibrator=jaxq.learned())
+)
+
+
+@pytest.mark.parametrize("policy", [jaxq.w8a8(), LEARNED], ids=["int8", "learned 4 bits"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_training_step_holds_at_most_1_35_times_what_floats_do(name, policy):
+    """By XLA's own account of arguments, results and what is in between, as `bench.py --what memory` has it."""
+    f, shapes, size = NETS[name]
+    params, x = [jnp.ones(shape) for shape in shapes], jnp.ones(size)
+    _, plan = jaxq.observe(f, policy)(params, x)
+
+    def held(f):
+        def loss(params, x):
+            return jnp.mean(jnp.square(f(params, x)))
+
+        def step(params, x):
+            return jax.tree.map(lambda w, g: w - 0.1 * g, params, jax.grad(loss)(params, x))
+
+        found = jax.jit(step).lower(params, x).compile().memory_analysis()
+        whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        return whole - found.alias_size_in_bytes
+
+    assert held(jaxq.qat(f, plan)) <= 1.35 * held(f)
+
+
 def test_a_gradient_is_a_program_like_others():
     """Quantizing a function that holds the backward pass of a quantized one."""
 

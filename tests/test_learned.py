@@ -371,6 +371,181 @@ def test_a_layer_of_zeros_is_zero_and_can_be_trained(weight):
     assert losses[-1] < 0.5 * losses[0]
 
 
+KINDS = {
+    "steps": dict(format=Int(4)),
+    "zero point": dict(format=Int(4, signed=False), symmetric=False),
+    "centroids": dict(format=jaxq.Codebook(4)),
+    "levels": dict(format=jaxq.apot(5).format),
+}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_shows_and_gives_way_to_what_is_seen_later(kind, bad):
+    w, x = jnp.eye(4), jnp.arange(1.0, 9.0).reshape(2, 4)
+    act = jaxq.Quantizer(**KINDS[kind], per_tensor=True, calibrator=jaxq.learned())
+    f, policy, broken = (lambda w, x: x @ w), {"*": jaxq.Scheme(act=act)}, x.at[0, 0].set(bad)
+    with pytest.raises(ValueError, match="batch 0 brings NaN or infinity to site"):
+        jaxq.calibrate(f, policy, progress=False)(w, [broken])
+    _, want = jaxq.observe(f, policy)(w, x)
+    _, plan = jax.jit(jaxq.observe(f, jaxq.make_plan(f, policy)(w, x)))(w, broken)
+    assert np.isnan(jaxq.qat(f, plan)(w, x)).all()
+    np.testing.assert_array_equal(jaxq.observe(f, plan, quantized=True)(w, x)[0], jaxq.qat(f, want)(w, x))
+    _, plan = jaxq.observe(f, plan)(w, x)
+    jax.tree.map(np.testing.assert_array_equal, plan.ranges[0][0].value, want.ranges[0][0].value)
+    _, plan = jaxq.observe(f, plan)(w, broken)  # what was learned stays
+    jax.tree.map(np.testing.assert_array_equal, plan.ranges[0][0].value, want.ranges[0][0].value)
+
+
+def test_what_is_not_finite_shows_in_one_iteration_of_a_loop():
+    act = jaxq.Quantizer(Int(4), per_tensor=True, calibrator=jaxq.learned())
+    xs = jnp.ones((3, 2, 4))
+
+    def f(w, xs):
+        return jax.lax.scan(lambda h, x: (h + x @ w, None), jnp.zeros((2, 4)), xs)[0]
+
+    for number in range(3):
+        with pytest.raises(ValueError, match="batch 0 brings NaN or infinity to site"):
+            broken = xs.at[number, 0, 0].set(jnp.nan)
+            jaxq.calibrate(f, {"*": jaxq.Scheme(act=act)}, progress=False)(jnp.eye(4), [broken])
+
+
+STARTS = {"4 bits": jaxq.Quantizer(Int(4), calibrator=jaxq.learned()), "apot": jaxq.apot(4), "ttq": jaxq.ttq()}
+STARTS |= {"power of two": jaxq.Quantizer(Int(4), power_of_two=True, calibrator=jaxq.learned())}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_steps_of_zero_come_back(name):
+    """Through a ReLU too, which lets no gradient of zeros through."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((32, 12), (12, 4)))
+    target = jax.nn.relu(x @ w)
+
+    def f(w, x):
+        return jax.nn.relu(x @ w)
+
+    def loss(plan):
+        return jnp.mean((jaxq.qat(f, plan)(w, x) - target) ** 2)
+
+    def started(value):
+        (none, leaf), = plan.ranges  # fmt: skip
+        values = jax.tree.map(lambda v: jnp.full_like(v, value), leaf.value)
+        return jaxq.Plan(plan.decisions, ((none, leaf._replace(value=values)),))
+
+    _, plan = jaxq.observe(f, jaxq.weight_only(STARTS[name]))(w, x)
+    plan, tiny = started(0.0), started(2.0**-125)
+    trained = jax.jit(jaxq.qat(f, plan))(w, x)
+    np.testing.assert_allclose(trained, 0, atol=1e-30)
+    np.testing.assert_array_equal(jax.jit(jaxq.quantize(f, plan))(jaxq.convert(f, plan)(w, x), x), trained)
+    # What is below the least step in use is used as that.
+    np.testing.assert_array_equal(*(jax.tree.leaves(jax.grad(loss)(p))[0] for p in (plan, tiny)))
+    optimizer = optax.adam(3e-2)
+
+    @jax.jit
+    def step(plan, state):
+        value, gradient = jax.value_and_grad(loss)(plan)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(plan, updates), state, value
+
+    state, losses = optimizer.init(plan), []
+    for _ in range(60):
+        plan, state, value = step(plan, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def branching(params, x):
+    """Two branches, the second with a scan over layers that take either of two, and a loop that need not run."""
+
+    def one(x):
+        return x @ params["a"]
+
+    def other(x):
+        def layer(x, pair):
+            number, w = pair
+            return jax.lax.cond(number % 2 == 0, lambda x: x @ w, lambda x: x @ (2 * params["odd"]), x), None
+
+        return jax.lax.scan(layer, x, (jnp.arange(3), params["layers"]))[0]
+
+    x = jax.lax.cond(x[0, 0] > 100, one, other, x)
+    return jax.lax.while_loop(lambda x: x[0, 0] > 100, lambda x: x @ params["loop"] / 2, x)
+
+
+@pytest.mark.parametrize("watch", [lambda f: f, jax.jit], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("weight", [jaxq.int4(calibrator=jaxq.learned()), kmeans(3)], ids=["steps", "centroids"])
+def test_weights_of_branches_that_do_not_run_are_started(weight, watch):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "layers": (3, 4, 4), "odd": (4, 4), "loop": (4, 4)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x, policy = jnp.ones((2, 4)), jaxq.weight_only(weight)
+    blank = jaxq.make_plan(branching, policy)(params, x)
+    plan = watch(jaxq.observe(branching, blank))(params, x)[1].check(observed=True)
+    assert plan.range("layers")[1].count.tolist() == [1, 1, 1]
+    sums = {"a": params["a"], "odd": 2 * params["odd"], "loop": params["loop"]}
+    for name, w in sums.items():
+        alone = jaxq.observe(lambda w, x: x @ w, policy)(w, x)[1].ranges[0][1]
+        jax.tree.map(np.testing.assert_array_equal, plan.range(name)[1], alone)
+    for start in (x, 101 * x):  # either branch
+        trained = jax.jit(jaxq.qat(branching, plan))(params, start)
+        converted = jaxq.convert(branching, plan)(params, start)
+        np.testing.assert_array_equal(jax.jit(jaxq.quantize(branching, plan))(converted, start), trained)
+        assert np.isfinite(trained).all()
+
+
+def test_importance_is_that_of_weights_in_branches_too():
+    params = {"a": jnp.array([[1.0], [2.0], [9.0]]), "b": jnp.array([[1.0], [2.0], [9.0]])}
+
+    def f(params, x):
+        return jax.lax.cond(x[0, 0] > 100, lambda x: x @ params["a"], lambda x: x @ params["b"], x)
+
+    importance = {"a": jnp.array([[1.0], [0.0], [1.0]]), "b": jnp.array([[0.0], [1.0], [1.0]])}
+    _, plan = jaxq.observe(f, jaxq.weight_only(kmeans(2)), importance=importance)(params, jnp.ones((1, 3)))
+    assert plan.range("a")[1].value.ravel().tolist() == [1.0, 9.0]
+    assert plan.range("b")[1].value.ravel().tolist() == [2.0, 9.0]
+
+
+def test_activations_of_branches_that_did_not_run_are_named():
+    def f(params, x):
+        return jax.lax.cond(x[0, 0] > 100, lambda x: x @ params["a"], lambda x: x @ params["b"], x)
+
+    params, x = {"a": jnp.eye(4), "b": jnp.eye(4)}, jnp.ones((2, 4))
+    act = jaxq.Quantizer(Int(8), per_tensor=True, calibrator=jaxq.learned())
+    _, plan = jaxq.observe(f, jaxq.Scheme(weight=jaxq.int8(), act=act))(params, x)
+    with pytest.raises(ValueError, match=r"no data: a; run jaxq.calibrate.* with batches that reach a \(in a branch"):
+        jaxq.qat(f, plan)(params, x)
+
+
+@pytest.mark.parametrize("kind", ["vjp", "jvp"])
+def test_plans_say_what_a_custom_derivative_does_without(kind):
+    def inner(w, x):
+        return x @ w
+
+    inner = jax.custom_vjp(inner) if kind == "vjp" else jax.custom_jvp(inner)
+    if kind == "vjp":
+        inner.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+    else:
+        inner.defjvp(lambda p, t: (p[1] @ p[0], p[1] @ t[0] + t[1] @ p[0]))
+
+    def f(params, x):
+        return jax.checkpoint(inner)(params["a"], x) @ params["b"]
+
+    params, x = {"a": jnp.eye(4), "b": jnp.eye(4)}, X[:, :4]
+    weight = jaxq.int4(calibrator=jaxq.learned(), estimator=jaxq.EWGS())
+    _, plan = jaxq.observe(f, jaxq.Scheme(weight=weight))(params, x)
+    gradient = jax.grad(lambda plan: jnp.sum(jaxq.qat(f, plan)(params, x) ** 2))(plan)
+    assert not np.any(gradient.range("a")[1].value) and np.any(gradient.range("b")[1].value)
+    for same in (plan, jaxq.Plan.from_json(plan.to_json())):
+        a, b = (line for line in str(same).splitlines() if line.startswith(("a ", "b ")))
+        assert a.endswith("has a custom derivative, without learned() and estimator=") and "custom" not in b
+    others = {
+        "dkm()": jaxq.Scheme(jaxq.kmeans(4, fit=jaxq.dkm(0.1))),
+        "grad=": jaxq.Scheme(jaxq.int8(), grad=jaxq.int8()),
+    }
+    for name, scheme in others.items():
+        assert jaxq.make_plan(f, scheme)(params, x)["a"].unheeded == (name,)
+    assert "custom" not in str(jaxq.make_plan(f, jaxq.w8a8())(params, x))
+
+
 def test_zeros_alone_give_way_to_what_is_seen_later():
     def f(w, x):
         return x @ w

@@ -457,14 +457,34 @@ def test_minmax_is_the_hull(pairs):
 @given(observations(), st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_ema_is_the_moving_average(pairs, decay):
     """The first as it is, then `decay` of the old and the rest of the new; seeing nothing changes nothing."""
-    lo = hi = None
+    lo = hi = 0.0
     for pair in pairs:
         if pair is not None:
-            lo = pair[0] if lo is None else decay * lo + (1 - decay) * pair[0]
-            hi = pair[1] if hi is None else decay * hi + (1 - decay) * pair[1]
+            keep = decay if lo < hi else 0.0  # zeros say nothing of a range
+            lo, hi = (keep * old + (1 - keep) * new for old, new in zip((lo, hi), pair, strict=True))
     got = run_calibrator(jaxq.ema(decay), pairs)
-    np.testing.assert_allclose(got[:2], [lo or 0.0, hi or 0.0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[:2], [lo, hi], rtol=1e-5, atol=1e-5)
     assert got[2] == sum(pair is not None for pair in pairs)
+
+
+def test_ema_starts_from_the_first_range_that_is_not_of_zeros():
+    got = run_calibrator(jaxq.ema(0.75), [(0.0, 0.0), (0.0, 0.0), (-2.0, 4.0), (0.0, 0.0)])
+    assert got == [-1.5, 3.0, 4]
+
+
+@pytest.mark.parametrize("calibrator", [jaxq.ema(), jaxq.minmax()])
+def test_ranges_of_zeros_give_way_to_what_is_seen_later(calibrator):
+    """A batch of zeros, then another: as if the other had been the first, also while it is quantized."""
+    w, x = jnp.eye(4), jnp.full((2, 4), 300.0)
+    policy = jaxq.w8a8(static=True, calibrator=calibrator)
+
+    def f(w, x):
+        return x @ w
+
+    _, plan = jaxq.observe(f, policy)(w, 0 * x)
+    y, plan = jaxq.observe(f, plan, quantized=True)(w, x)
+    np.testing.assert_allclose(y, x, rtol=1e-6)
+    assert_range(plan.ranges[0][0], (0.0, 300.0), 2)
 
 
 def test_ema_decays_by_less_than_one():

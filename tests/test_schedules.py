@@ -95,8 +95,29 @@ def test_dampening_of_derived_weights_is_refused():
         return x @ jnp.concatenate([params["a"], params["b"]], axis=1)
 
     params = {"a": jnp.ones((8, 2)), "b": jnp.ones((8, 3))}
-    with pytest.raises(ValueError, match="derived"):
+    with pytest.raises(ValueError, match=r"site a\+b is derived from leaves, \['a'\] among them"):
         jaxq.dampening(merged, jaxq.w8a8())(params, X)
+
+
+@pytest.mark.parametrize(
+    "policy, reason",
+    [
+        (jaxq.weight_only(jaxq.int4()), r"\['w'\] has codes of its own at each of the sites w, w#1: give .* one quant"),
+        ({"w": jaxq.weight_only(jaxq.int4()), "w#1": None}, r"\['w'\] is read in float too, beside site w"),
+    ],
+    ids=["both", "one"],
+)
+def test_tied_weights_with_codes_for_each_use_are_refused(policy, reason):
+    def tied(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"].T
+
+    params = {"w": PARAMS["up"]}
+    with pytest.raises(ValueError, match=reason):
+        jaxq.dampening(tied, policy)(params, X)
+    with pytest.raises(ValueError, match=reason):
+        jaxq.freezing(tied, policy).init(params, X)
+    alike = jaxq.weight_only(jaxq.int4(per_tensor=True))
+    assert jaxq.dampening(tied, alike)(params, X) > 0
 
 
 def test_distillation_is_one_line_of_loss():

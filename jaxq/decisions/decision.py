@@ -6,6 +6,7 @@ import functools
 from jaxq.decisions.scheme import Scheme
 from jaxq.numbers import calibrators, learning
 from jaxq.numbers.calibrators import Leaf
+from jaxq.numbers.fits import DKM
 from jaxq.numbers.quantizers import Quantizer
 from jaxq.programs.sites import Site
 
@@ -73,6 +74,20 @@ class Decision:
         """The static quantizers whose ranges this site keeps, None elsewhere: every operand's, then the output's."""
         own = [None if self.feed(n) else q for n, q in enumerate(self.quantizers)]
         return tuple(q if q is not None and q.static else None for q in (*own, *([self.out] if self.out else [])))
+
+    @property
+    def unheeded(self) -> tuple[str, ...]:
+        """What of the scheme has no say in gradients, where a function has a derivative of its own."""
+        if self.scheme is None or not self.site.custom:
+            return ()
+        own = [q for q in (*self.quantizers, self.out) if q is not None]
+        parts = {
+            "learned()": any(q.learned for q in own),
+            "estimator=": any(q.estimator is not None for q in own),
+            "dkm()": any(isinstance(q.fit, DKM) for q in own),
+            "grad=": self.scheme.grad is not None,
+        }
+        return tuple(name for name, asked in parts.items() if asked)
 
     @property
     def is_integer(self) -> bool:

@@ -160,6 +160,7 @@ def _row(decision: Decision) -> table.Row:
     notes = [decision.reason] if decision.reason else []
     notes += [f"takes the output of {' and '.join(makers)}"] if makers else []
     notes += [f"backward {scheme.grad!r}"] if scheme and scheme.grad else []
+    notes += [f"has a custom derivative, without {' and '.join(decision.unheeded)}"] if decision.unheeded else []
     notes += site.norms if scheme else ()
     shape = "x".join(str(n) for n in (*site.stack, *site.weight.shape)) if site.weight else "-"
     return table.Row(site.name, site.op, shape, site.flops, weight, act, out, ", ".join(notes))

@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
+from jaxq.interpretation.ahead import ahead
 from jaxq.interpretation.arguments import Argnums, Layout, shape_of, take_apart
 from jaxq.interpretation.program import Program, load
-from jaxq.interpretation.rules import Capture, Rule
+from jaxq.interpretation.rules import Capture
 from jaxq.interpretation.transforms import DEFAULT
 from jaxq.interpretation.weights import to_leaf
 from jaxq.numbers.calibrators import is_blank
@@ -91,18 +92,6 @@ def _check_scales(captured: Captured) -> None:
             raise ValueError(
                 f"the weight of site '{name}' (from {origins}) comes out as NaN or infinity; repair {origins}"
             )
-
-
-def ahead(program: Program, rule: Rule, leaves: list) -> tuple[Callable, list]:
-    """Return a function that computes what a rule observes, and the leaves it takes: no more than that needs."""
-
-    def watch(*arrays):
-        return program.run(rule, list(arrays), {})[1]
-
-    body, out = jaxpr.trace(watch, *(shape_of(leaf) for leaf in leaves))
-    body, used = jaxpr.prune(body)
-    arrays = [leaf for leaf, u in zip(leaves, used, strict=True) if u]
-    return lambda *xs: jax.tree.unflatten(jax.tree.structure(out), jaxpr.evaluate(body, *xs)), arrays
 
 
 def _capture(program: Program, leaves: list) -> Captured:

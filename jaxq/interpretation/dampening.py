@@ -22,7 +22,8 @@ def dampening(f: Callable, policy: Policy | Plan = DEFAULT, *, argnums: int = 0)
 
     w^ is what the weight rounds to, constant to derivatives, so that the term pulls every weight to the middle of its
     code (Nagel et al. 2022, eq. 5); weights beyond the range are left alone. Add it to the loss, times a factor that
-    grows with the step. Raises `ValueError` for a weight that is derived from several leaves, and like `convert`.
+    grows with the step. Raises `ValueError` for a weight that is derived from leaves, that has other codes at every
+    site it is used at, or that is read in float too, and like `convert`.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params, x = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [7.0]])}, jnp.ones((1, 2))

@@ -50,9 +50,9 @@ def freezing(f: Callable, policy: Policy | Plan = DEFAULT, *, momentum: float = 
     that does so more often than `threshold`, a number or a schedule's value at this step, is frozen: from then on it is
     the average of its codes, rounded, times its scale (Nagel et al. 2022, eq. 7 and algorithm 1). Call it after every
     step of the optimizer; with learned steps, with the plan of that step: `freezing(f, plan).update(...)`. Raises
-    `ValueError` for weights that are derived from several leaves, for codes other than integers and fixed point, for
-    scales that rounding would change (a mean, a percentile), so that what is frozen would shrink, and where nothing is
-    quantized.
+    `ValueError` for weights that are derived from leaves, that have other codes at every site they are used at or are
+    read in float too, for codes other than integers and fixed point, for scales that rounding would change (a mean, a
+    percentile), so that what is frozen would shrink, and where nothing is quantized.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, x = (lambda p, x: x @ p["w"]), jnp.ones((1, 2))

@@ -177,18 +177,10 @@ def all_counts(h: Histogram, axes: frozenset[str]) -> Histogram:
     return wide._replace(counts=over(lax.psum, wide.counts, axes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Capture(Rule):
-    """Observe the codes of every weight that can be computed ahead of time; the float program carries on."""
+class Ahead(Rule):
+    """Observe what depends on weights alone; the float program carries on. Weights are the same in all iterations."""
 
-    execute: Execute
     once = True
-
-    def __call__(self, item, eqn, operands, given):
-        task, outs = self.execute.task(item), jaxpr.rebind(eqn, *operands)
-        if not item.convertible or not item.sources or task.quantizers[item.weight] is None:
-            return outs, None
-        return outs, weight_codes(task, operands[item.weight], given.ranges[item.weight])
 
     def merge(self, a, b):
         del b
@@ -199,3 +191,38 @@ class Capture(Rule):
 
     def merge_devices(self, seen, axes):
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Start(Ahead):
+    """Observe the learned parameters of weights that a run may pass by: they do not depend on which branch it takes."""
+
+    watch: Observe
+
+    def starts(self, item: Located) -> bool:
+        """Tell whether a site's weight is one of these."""
+        if not (item.maybe and item.convertible):
+            return False
+        quantizer = self.watch.execute.decisions[item.path].ranged[item.weight]
+        return quantizer is not None and quantizer.learned
+
+    def __call__(self, item, eqn, operands, given):
+        outs = jaxpr.rebind(eqn, *operands)
+        if not self.starts(item):
+            return outs, None
+        n = item.weight
+        quantizer = self.watch.execute.decisions[item.path].ranged[n]
+        return outs, self.watch.sight(item, n, quantizer, operands[n], given.ranges[n], given.signal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture(Ahead):
+    """Observe the codes of every weight that can be computed ahead of time."""
+
+    execute: Execute
+
+    def __call__(self, item, eqn, operands, given):
+        task, outs = self.execute.task(item), jaxpr.rebind(eqn, *operands)
+        if not item.convertible or not item.sources or task.quantizers[item.weight] is None:
+            return outs, None
+        return outs, weight_codes(task, operands[item.weight], given.ranges[item.weight])

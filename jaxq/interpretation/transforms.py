@@ -22,6 +22,7 @@ from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
 from jaxq.decisions.recipes import Uniform, w8a8
 from jaxq.interpretation import importances, modules
+from jaxq.interpretation.ahead import started
 from jaxq.interpretation.arguments import Argnums, Layout, Static, take_apart
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.rules import Observe
@@ -101,7 +102,8 @@ def _interpret(program: Program, layout: Layout, leaves: list, watch: str, key: 
     rule = Observe(program.execute, watch == "quantized") if watch else program.execute
     arrays, weights = sort_leaves(program, layout, leaves)
     if all(x is not None for x in arrays):
-        return program.run(rule, arrays, weights, key, signals=signals)
+        out, seen = program.run(rule, arrays, weights, key, signals=signals)
+        return out, started(program, arrays, seen, signals) if watch and not weights else seen
     return run_without(lambda full: program.run(rule, full, weights, signals=signals), arrays, leaves, layout)
 
 
@@ -175,9 +177,11 @@ def check_observed(program: Program, blank: Collection[str]) -> None:
     needed = [name for d in active for name in (*(fed.site for fed in d.fed if fed), d.site.name)]
     unseen = [name for name in dict.fromkeys(needed) if name in blank]
     if unseen:
+        maybe = {item.site.name for item in program.analysis.located if item.maybe} & set(unseen)
+        passed = f" with batches that reach {', '.join(sorted(maybe))} (in a branch or a while loop)" if maybe else ""
         raise ValueError(
             f"static ranges of these sites have seen no data: {', '.join(unseen)}; "
-            "run jaxq.calibrate(f, plan)(params, batches) first, or use a dynamic scheme such as jaxq.w8a8()"
+            f"run jaxq.calibrate(f, plan)(params, batches) first{passed}, or use a dynamic scheme such as jaxq.w8a8()"
         )
 
 
@@ -297,6 +301,7 @@ def observe(
 
     quantized: run the quantized program instead of the float one, differentiable: moving averages during training.
     key: as for `qat`. Observed ranges are one per site, or one per layer where a scan runs over stacked weights.
+    Branches that do not run show nothing of their activations; learned parameters of their weights start all the same.
 
     importance: for learned codebooks of weights, what the squared error of each value counts when their centroids are
     fitted, such as the mean squares of gradients (the Fisher information; Choi et al. 2017): a tree like the weights',

@@ -152,6 +152,14 @@ def rounded_up(quantizer: Quantizer, scale: jax.Array) -> jax.Array:
     return lax.select(lax.ne(scale, scale), scale, up)
 
 
+def positive(parameter: jax.Array) -> jax.Array:
+    """Return what a learned step, range or level is used as: its absolute value, never zero.
+
+    At zero all would be zero, and a ReLU after it would let no gradient through to bring it back.
+    """
+    return lax.max(lax.abs(parameter), TINY)
+
+
 def raw_scale(quantizer: Quantizer, x: jax.Array, grid: Sequence[int]) -> jax.Array:
     """Return minus the width of every block, one reduction and nothing after it; `settle` makes it a scale.
 

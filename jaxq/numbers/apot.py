@@ -73,7 +73,7 @@ def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array 
 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: jax.Array) -> QArray:
     """Return the nearest levels by a learned range; the scale is NaN where a block is not finite."""
-    scale = lax.max(lax.abs(value), affine.TINY)
+    scale = affine.positive(value)
     codes = microscaling.nearest_level(_units(x, scale), _form(quantizer).values)
     return QArray(codes, lax.mul(scale, codecs.constant(x, grid, 1.0)), None, quantizer.format, x.dtype)
 

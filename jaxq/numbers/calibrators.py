@@ -92,8 +92,8 @@ def shown_if_blank(r: Leaf) -> Leaf:
 
 
 def is_seen(leaf: Leaf) -> jax.Array:
-    """Tell where there is something to quantize by, [*stack]: parameters of zeros alone give way to others."""
-    return is_settled(leaf.count) if isinstance(leaf, Parameters) else jnp.asarray(leaf.count) > 0
+    """Tell where there is something to quantize by, [*stack]: what zeros alone, and NaN, have left gives way."""
+    return is_settled(leaf) if isinstance(leaf, Parameters) else jnp.asarray(leaf.lo) < leaf.hi
 
 
 def merge(a: Leaf, b: Leaf) -> Leaf:
@@ -142,7 +142,8 @@ class MinMax:
 class EMA:
     """Static range = exponential moving average of per-call ranges (Jacob et al. 2018, section 3.1).
 
-    The first observation is taken as it is, so that no bias correction is needed.
+    The first observation is taken as it is, so that no bias correction is needed; and so is the first after zeros
+    alone, of which a recurrent state or a batch of padding consists, and which say nothing of a range.
 
     >>> import jaxq
     >>> jaxq.ema(0.9)
@@ -158,7 +159,7 @@ class EMA:
 
     def update(self, old: Range, new: Range) -> Range:
         """Return the average, moved by one observation."""
-        keep = jnp.where(old.count > 0, jnp.float32(self.decay), jnp.float32(0))
+        keep = jnp.where(old.lo < old.hi, jnp.float32(self.decay), jnp.float32(0))
         seen = new.count > 0
 
         def mix(a, b):

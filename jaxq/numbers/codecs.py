@@ -1,7 +1,7 @@
 """From real numbers to codes and back to their neighbours: one encoder per family of formats.
 
-`encode` gives an array's codes by a static range, or by its own where there is none; `inside` says where a value was
-not clipped, which is where a straight-through gradient passes. Integers and fixed point are in `affine`.
+`encode` gives an array's codes by a static range, or by its own where there is none; `inside` says where a
+straight-through gradient passes, which is where a value was not clipped. Integers and fixed point are in `affine`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax import lax
 from jaxq.numbers import affine, blocks, codebooks, floats, lloyd, means, microscaling, packing
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.calibrators import Range
+from jaxq.numbers.fits import MeanAbs
 from jaxq.numbers.formats import Binary, Codebook, Fixed, Float, Int, Levels, Ternary
 from jaxq.numbers.qarray import Packing, QArray
 from jaxq.numbers.scaling import Microscale, Nested
@@ -53,8 +54,13 @@ def encode_stochastically(
 
 
 def inside(quantizer: Quantizer, x: jax.Array, q: QArray, r: Range | None = None) -> jax.Array | None:
-    """Return where no value of `x` is clipped in its codes `q`, or None where none ever is: gradients pass there."""
+    """Return where no value of `x` is clipped in its codes `q`, or None where none ever is: gradients pass there.
+
+    Codes of a mean are clipped by intent, and the gradient passes all of them (`MeanAbs`).
+    """
     form = quantizer.format
+    if isinstance(quantizer.fit, MeanAbs):
+        return None
     if isinstance(form, (Int, Fixed)):
         covers = r is None and isinstance(form, Int) and quantizer.fit is None
         if covers and (form.signed or not quantizer.symmetric):

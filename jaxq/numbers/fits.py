@@ -117,7 +117,8 @@ class Sigmas:
 class MeanAbs:
     """Scale = the mean absolute value, whatever the codes: of ternary weights, BitNet b1.58 (Ma et al. 2024).
 
-    Only for `fit=`: it is a scale, not a range.
+    Only for `fit=`: it is a scale, not a range. The gradient passes where values are clipped too, as in the authors'
+    `w + stop_gradient(w^ - w)`: what is large is meant to be.
 
     >>> import jaxq
     >>> jaxq.int2(per_tensor=True, fit=jaxq.mean_abs())

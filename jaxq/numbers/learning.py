@@ -58,10 +58,12 @@ def observe(
 
     importance: what the squared error of each value counts, of x's shape; of codebooks only. Channels of zeros, and
     groups of them, say nothing of what they will be trained to: they start as other weights of a layer do before they
-    are trained, with a variance of one over their number (LeCun et al. 1998, section 4.6).
+    are trained, with a variance of one over their number (LeCun et al. 1998, section 4.6). Of NaN and infinity all
+    parameters are NaN: they show in what is quantized, and give way to the next ones.
     """
     x = lax.stop_gradient(x)
-    settled = jnp.any(x != 0) | is_settled(old.count)
+    known = is_settled(old)
+    settled, finite = jnp.any(x != 0) | known, jnp.all(jnp.isfinite(x)) | known
     if _has_zero_channels(quantizer):
         x = _drawn(x, grid)
 
@@ -70,7 +72,8 @@ def observe(
 
     # Inside shard_map the two sides of a branch must vary over the same devices, which they do not.
     apart = bool(varying_axes(x))
-    value = start() if apart else lax.cond(is_settled(old.count), lambda: jax.tree.map(jnp.asarray, old.value), start)
+    value = start() if apart else lax.cond(known, lambda: jax.tree.map(jnp.asarray, old.value), start)
+    value = jax.tree.map(lambda v: jnp.where(finite, v, jnp.float32(np.nan)), value)
     if 0 in x.shape:
         return Parameters(value, jnp.float32(0))
     return Parameters(value, jnp.where(settled, jnp.float32(1), jnp.float32(OF_ZEROS)))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Parameters(NamedTuple):
@@ -19,7 +20,7 @@ class Parameters(NamedTuple):
 
     value: [*stack, ...], an array or a tuple of arrays as the format has it (centroids: [*stack, *grid, entries]);
     count: [*stack], zero where nothing was observed, less than one where nothing but zeros was, whose parameters serve
-    until something else is. Differentiable by `value`.
+    until something else is, as do those of NaN and infinity, which are NaN. Differentiable by `value`.
 
     >>> import jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -78,8 +79,9 @@ def learned(*, frozen: bool = False, rule: str = LSQ) -> Learned:
     centroids are trained, and every value stays with its own (Han et al. 2016, section 3.3): parameters are a pair, the
     centroids and what they were at first, by which values are assigned, and no gradient goes on to the values; decay
     neither (`jaxq.labels` marks the second as fixed). rule: of integers, "lsq" or "pact", by which only what is clipped
-    moves a step (Choi et al. 2018, eq. 3); its L2 penalty is `optax.add_decayed_weights` on the steps. Raises
-    `ValueError` for other rules.
+    moves a step (Choi et al. 2018, eq. 3); its L2 penalty is `optax.add_decayed_weights` on the steps. A step is used
+    by its absolute value, at least 2^-120, so that training cannot make it zero or negative. Raises `ValueError` for
+    other rules.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> f, params = (lambda p, x: x @ p["w"]), {"w": jnp.array([[1.0], [2.0], [9.0]])}
@@ -99,12 +101,12 @@ def change_of_size(value: jax.Array, change: jax.Array) -> jax.Array:
 
 def first(a: Parameters, b: Parameters) -> Parameters:
     """Return the parameters that were observed, the former of two."""
-    return _chosen(is_settled(a.count) | (~is_settled(b.count) & (jnp.asarray(a.count) > 0)), a, b)
+    return _chosen(is_settled(a) | (~is_settled(b) & (jnp.asarray(a.count) > 0)), a, b)
 
 
-def is_settled(count: Any) -> jax.Array:
-    """Tell where something other than zeros was observed."""
-    return jnp.asarray(count) >= 1
+def is_settled(p: Parameters) -> jax.Array:
+    """Tell where something was observed other than zeros, NaN and infinity: [*stack]."""
+    return (jnp.asarray(p.count) >= 1) & (_largest(p) < np.float32(np.inf))
 
 
 def widest(a: Parameters, b: Parameters) -> Parameters:
@@ -137,7 +139,14 @@ def _chosen(former: jax.Array, a: Parameters, b: Parameters) -> Parameters:
 def _width(p: Parameters) -> jax.Array:
     """Return the largest absolute number, [*stack]; less than zero where nothing was observed, or only zeros."""
     count = jnp.asarray(p.count)
-    leaves = [
-        jnp.abs(leaf).max(tuple(range(count.ndim, jnp.ndim(leaf))), initial=0) for leaf in jax.tree.leaves(p.value)
-    ]
-    return jnp.where(is_settled(count), functools.reduce(jnp.maximum, leaves), jnp.where(count > 0, -1, -2))
+    return jnp.where(count >= 1, _largest(p), jnp.where(count > 0, jnp.float32(-1), jnp.float32(-2)))
+
+
+def _largest(p: Parameters) -> jax.Array:
+    """Return the largest absolute number, infinity for NaN: [*stack]."""
+
+    def largest(leaf: jax.Array) -> jax.Array:
+        size = jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), jnp.float32(np.inf))
+        return size.max(tuple(range(jnp.ndim(p.count), size.ndim)), initial=0)
+
+    return functools.reduce(jnp.maximum, [largest(leaf) for leaf in jax.tree.leaves(p.value)])

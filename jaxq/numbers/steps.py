@@ -3,11 +3,12 @@
     q = clip(round(x / s) + z)      x^ = s (q - z)
     ds: round(x / s) - x / s where x / s is in range, else the end of the range             (Esser et al. 2020, eq. 3)
 
-The parameter is a step, used by its absolute value, so that steps stay positive wherever training takes them; and with
-a zero point the lowest value too, which moves all that is clipped below (Bhalgat et al. 2020, eq. 5 and 6). Gradients
-are scaled by `1 / sqrt(n Q)`, n values sharing a step and Q being the largest code (LSQ, section 2.2). Rounding up to a
-power of two is passed straight through, in the logarithm (TQT, Jain et al. 2020, eq. 6). By PACT's rule only what is
-clipped counts, unscaled: the derivative of the clipping, without that of the rounding (Choi et al. 2018, eq. 3).
+The parameter is a step, used by its absolute value and never as zero (`affine.positive`), so that steps stay positive
+wherever training takes them; and with a zero point the lowest value too, which moves all that is clipped below (Bhalgat
+et al. 2020, eq. 5 and 6). Gradients are scaled by `1 / sqrt(n Q)`, n values sharing a step and Q being the largest code
+(LSQ, section 2.2). Rounding up to a power of two is passed straight through, in the logarithm (TQT, Jain et al. 2020,
+eq. 6). By PACT's rule only what is clipped counts, unscaled: the derivative of the clipping, without that of the
+rounding (Choi et al. 2018, eq. 3).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax import lax
 from jaxq.numbers import affine, blocks, codecs
 from jaxq.numbers.affine import Affine
 from jaxq.numbers.fits import MSE
-from jaxq.numbers.parameters import PACT, Learned
+from jaxq.numbers.parameters import PACT, Learned, change_of_size
 from jaxq.numbers.qarray import QArray
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: Any) -> QArray:
     """Return the codes of `x` by learned steps; the scale is NaN where a block is not finite."""
     step, lowest = _parts(quantizer, value)
-    scale = affine.rounded_up(quantizer, lax.max(lax.abs(step), affine.TINY))
+    scale = affine.rounded_up(quantizer, affine.positive(step))
     zero = None if lowest is None else affine.zero_point_of(quantizer, lowest, scale)
     codes = affine.encode(quantizer, x, Affine(scale, zero))
     return QArray(codes, lax.mul(scale, codecs.constant(x, grid, 1.0)), zero, quantizer.format, x.dtype)
@@ -66,9 +67,8 @@ def follow(quantizer: Quantizer, x: jax.Array, q: QArray, value: Any, change: An
     rounded = _end(quantizer, q, x, q.codes)
     inner = rounded if _is_pact(quantizer) else units
     steps = lax.sub(rounded, lax.select(kept, inner, _origin(quantizer, low)))
-    # The step in use over the parameter: its sign, and how far it was rounded up.
-    ratio = lax.select(lax.eq(step, np.float32(0)), lax.full_like(step, 1), lax.div(q.scale, step))
-    moved = lax.mul(steps, blocks.broadcast(lax.mul(ratio, longer), x.shape))
+    ratio = lax.div(q.scale, affine.positive(step))  # how far it was rounded up
+    moved = lax.mul(steps, blocks.broadcast(lax.mul(ratio, change_of_size(step, longer)), x.shape))
     if higher is not None:
         moved = lax.add(moved, lax.select(kept, lax.full_like(moved, 0), blocks.broadcast(higher, x.shape)))
     return lax.convert_element_type(lax.mul(moved, np.float32(_share(quantizer, x, q))), x.dtype)

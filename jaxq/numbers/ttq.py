@@ -4,7 +4,7 @@
     dp = sum of g over the first, dn = minus its sum over the second                (eq. 7)
     dx = p g, n g and g                                                             (eq. 8)
 
-The parameters are `p` and `n`, used by their absolute values, one pair for each block.
+The parameters are `p` and `n`, used by their absolute values and never as zero, one pair for each block.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def start(quantizer: Quantizer, x: jax.Array, grid: Grid, importance: jax.Array 
 def encode(quantizer: Quantizer, x: jax.Array, grid: Grid, value: Pair) -> QArray:
     """Return codes of a table of three, NaN where a block is not finite."""
     assert isinstance(quantizer.format, Codebook)
-    pair = (lax.mul(lax.abs(part), codecs.constant(x, grid, 1.0)) for part in value)
+    pair = (lax.mul(affine.positive(part), codecs.constant(x, grid, 1.0)) for part in value)
     return QArray(_codes(quantizer, x, grid), None, None, quantizer.format, x.dtype, table=_table(*pair))
 
 

@@ -297,10 +297,13 @@ def _located(parsed: _Parsed, name: str, placed: tuple[frozenset[Path], Feeds], 
         stack=tuple(length for path, length in item.around.loops if path in stacked),
         scope="/".join(scope),
         obstacle=why,
+        custom=item.around.custom,
     )
     in_while = any(path in value.variant for path, length in item.around.loops if length is None)
     convertible = weight is not None and not in_while and not item.around.manual
-    return Located(site, item.path, op, weight, value.leaf, tuple(sorted(value.sources)), stacked, convertible, feeds)
+    maybe = item.around.branch or any(length is None for _, length in item.around.loops)
+    sources = tuple(sorted(value.sources))
+    return Located(site, item.path, op, weight, value.leaf, sources, stacked, convertible, feeds, maybe)
 
 
 def _operand(item: Found, op: ops.Op, number: int, is_weight: bool, names: Names) -> Operand:

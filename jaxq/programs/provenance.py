@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, Branches, Eqn, Loop, Manual, Opaque, While
+from jaxq.programs.jaxpr import Body, Branches, CustomRule, Eqn, Loop, Manual, Opaque, While
 from jaxq.programs.moves import ZERO, moved
 from jaxq.programs.sites import Leaf, Made, Path
 
@@ -62,13 +62,15 @@ def join(values: Iterable[Value]) -> Value:
 
 class Around(NamedTuple):
     """What encloses an equation: loops (path, length; None for a while), a shard_map, an opaque primitive,
-    scopes, a backward pass."""
+    scopes, a backward pass, a branch, a function with a derivative of its own."""
 
     loops: tuple[tuple[Path, int | None], ...] = ()
     manual: bool = False
     opaque: str = ""
     scope: tuple[str, ...] = ()
     backward: bool = False
+    branch: bool = False
+    custom: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _step(eqn: Eqn, ins: list[Value], path: Path, around: Around, visit: Visit) 
         inner = inner._replace(manual=True)
         outs = flow(sub.body, [_part(v) for v in ins], (*path, 0), inner, visit)
         return [_part(v) for v in outs]
+    inner = inner._replace(custom=inner.custom or isinstance(sub, CustomRule))
     return flow(sub.body, ins, (*path, 0), inner, visit)
 
 
@@ -259,7 +262,8 @@ def _while(loop: While, ins: list[Value], path: Path, around: Around, visit: Vis
 
 
 def _branches(sub: Branches, ins: list[Value], path: Path, around: Around, visit: Visit) -> list[Value]:
-    outs = [flow(body, ins[1:], (*path, n), around, visit) for n, body in enumerate(sub.bodies)]
+    inner = around._replace(branch=True)
+    outs = [flow(body, ins[1:], (*path, n), inner, visit) for n, body in enumerate(sub.bodies)]
     joined = [join(values) for values in zip(*outs, strict=True)]
     return joined if ins[0].pure else [v._replace(pure=False, leaf=None) for v in joined]
 

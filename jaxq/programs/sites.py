@@ -40,7 +40,8 @@ class Site:
     stack: lengths of the scans in which the site has a weight per iteration, outermost first; terms: products summed
     into one output element; reuse: for each operand, the products that one of its elements takes part in; flops: of
     one execution; obstacle: why it cannot be quantized, or empty; norms: the BatchNorms that follow, and whether they
-    fold, where the plan was made by `make_plan`.
+    fold, where the plan was made by `make_plan`; custom: whether it is in a function with a derivative of its own, by
+    whose rule the float program is differentiated.
 
     >>> import jax.numpy as jnp, jaxq
     >>> plan = jaxq.make_plan(lambda p, x: x @ p["up"], None)({"up": jnp.ones((8, 4))}, jnp.ones((2, 8)))
@@ -60,6 +61,7 @@ class Site:
     obstacle: str = ""
     reuse: tuple[int, ...] = ()
     norms: tuple[str, ...] = ()
+    custom: bool = False
 
     @property
     def weight(self) -> Operand | None:
@@ -106,7 +108,8 @@ class Feed(NamedTuple):
 class Located:
     """A site in one program. weight: index of its weight operand; leaf: the parameter leaf the weight is, if it is one;
     sources: all leaves it is made of; stacked: paths of the scans that iterate over it; convertible: whether its codes
-    can be computed ahead of time; feeds: for each operand the site whose output it is, if it is one."""
+    can be computed ahead of time; feeds: for each operand the site whose output it is, if it is one; maybe: whether a
+    run of the program may pass it by, as it is in a branch or a while loop."""
 
     site: Site
     path: Path
@@ -117,3 +120,4 @@ class Located:
     stacked: frozenset[Path]
     convertible: bool
     feeds: tuple[Feed | None, ...] = ()
+    maybe: bool = False

@@ -11,10 +11,11 @@ import numpy as np
 from jaxq.decisions.decision import Decision
 from jaxq.decisions.plan import Plan
 from jaxq.decisions.policy import Policy
+from jaxq.interpretation.ahead import ahead
 from jaxq.interpretation.arguments import Argnums, Layout, Static, place, take_apart
 from jaxq.interpretation.calibrate import bar
 from jaxq.interpretation.comparing import Compare, Seen, Sight, Weigh, merged, side_by_side
-from jaxq.interpretation.convert import ahead, convert
+from jaxq.interpretation.convert import convert
 from jaxq.interpretation.program import Program, load
 from jaxq.interpretation.transforms import DEFAULT, check_observed, make_plan, quantize
 from jaxq.measure import timing
