@@ -18,6 +18,7 @@ def drawn(*shape, seed=0):
 
 
 W, X = {"w": drawn(8, 6)}, drawn(5, 8)
+MEAN = jnp.linspace(-1, 1, 8)[None]
 MASK = jnp.ones((5, 6), jnp.int32)
 
 
@@ -65,6 +66,31 @@ PROGRAMS = {
         ),
         {"w": drawn(5, 4)},
         drawn(7, 3, 5),
+        1e-6,
+    ),
+    "an input less a mean": (
+        lambda p, x: ((x - jnp.linspace(-1, 1, 8)) / jnp.linspace(0.5, 2, 8)) @ p["w"],
+        W,
+        X,
+        1e-6,
+    ),
+    "an input by parameters": (lambda p, x: ((1 - x * p["g"]) / 3) @ p["w"], {**W, "g": drawn(1, 8)}, X, 1e-6),
+    "an input far from zero": (lambda p, x: (x - 1000) @ p["w"], W, X + 1000, 0.01),
+    "an input moved": (lambda p, x: (2 * x - 1).T.reshape(5, 8) @ p["w"], W, X, 1e-6),
+    "an input for two sites": (lambda p, x: (3 * x) @ p["w"] + -x @ p["w"], W, X, 1e-6),
+    "an input put out": (lambda p, x: (dense(p, x / 2), x), W, X, 1e-6),
+    "an input over time": (
+        lambda p, x: lax.scan(
+            lambda c, a: (jnp.tanh(c @ p["v"] + a @ p["w"]), None), jnp.zeros((1, 6)), (x - 1)[:, None]
+        ),
+        {**W, "v": drawn(6, 6) / 3},
+        X,
+        0.02,
+    ),
+    "an input through layers": (
+        lambda p, x: lax.scan(lambda c, w: (c + (x - 1) @ w, None), jnp.zeros((5, 6)), p["s"])[0],
+        {"s": drawn(3, 8, 6)},
+        X,
         1e-6,
     ),
     "in order": (lambda p, x: jnp.sort(dense(p, x)), W, X, 1e-6),

@@ -1,6 +1,6 @@
 """The proof that nothing in between is float: every operation of the traced program is looked at.
 
-Only the scopes of `entry` may hold floats. The one exception is named where it is: the sums of a convolution on a GPU,
+Only the scopes of `inputs` may hold floats. The one exception is named where it is: the sums of a convolution on a GPU,
 which are integers in float32, exact (`lowering.cudnn`). Of products that differ by platform the audit sees the form
 of a CPU.
 """
@@ -8,7 +8,7 @@ of a CPU.
 from collections.abc import Iterator
 from typing import Any
 
-from jaxq.integer.entry import ENTRY, EXIT
+from jaxq.integer.inputs import ENTRY, EXIT
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, Eqn
 

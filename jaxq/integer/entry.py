@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.integer.inputs import ENTRY, EXIT, undifferentiated
 from jaxq.integer.products import Job
 from jaxq.integer.values import INT8, Affine, Coded, Refusal, ones
 from jaxq.numbers import affine
@@ -21,8 +22,6 @@ from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Body, CustomRule, Inline, Loop, Remat
 from jaxq.programs.sites import Path
 
-# Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
-ENTRY, EXIT = "jaxq_entry", "jaxq_exit"
 KEEPS = jaxpr.MOVES | jaxpr.PICKS | {jaxpr.PAD}
 
 
@@ -115,7 +114,7 @@ def enter(x: jax.Array, takers: Takers) -> Coded:
             own = affine.Affine(jnp.float32(grid.scale), jnp.int8(grid.zero_point))
         scale, zero = (None if part is None else jnp.reshape(part, (1,) * x.ndim) for part in own)
     with jax.named_scope(ENTRY):
-        x = _constant(x)
+        x = undifferentiated(x)
         known = lax.select(lax.ne(x, x), lax.full_like(x, 0), x)
         codes = affine.encode(quantizer, known, affine.Affine(scale, zero))
     low, high = (ones(end - grid.zero_point, x.ndim, np.int64) for end in (grid.low, grid.high))
@@ -128,17 +127,6 @@ def _covering(grids: Sequence[Affine]) -> Affine:
     high = max((grid.high - grid.zero_point) * grid.scale for grid in grids)
     scale = float(np.float32((high - low) / (INT8[1] - INT8[0])))
     return Affine(scale, int(np.clip(INT8[0] - np.rint(low / scale), *INT8)))
-
-
-@jax.custom_jvp
-def _constant(x: jax.Array) -> jax.Array:
-    """Return x, which nothing is to be differentiated by."""
-    return x
-
-
-@_constant.defjvp
-def _refuse(primals, tangents):
-    raise TypeError("an integer program has no derivative, and a gradient of zero would be wrong: train with jaxq.qat")
 
 
 def _signed(codes: jax.Array) -> jax.Array:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, curves, loops, moves, picks, quotients, reductions, rows, tables
-from jaxq.integer.entry import EXIT, leave
+from jaxq.integer import arithmetic, curves, inputs, loops, moves, picks, quotients, reductions, rows, tables
+from jaxq.integer.entry import leave
 from jaxq.integer.hidden import far_after
+from jaxq.integer.inputs import EXIT
 from jaxq.integer.origins import origin
 from jaxq.integer.products import Job
 from jaxq.integer.values import (
@@ -95,10 +96,7 @@ class Integers:
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
         if any(isinstance(x, Entry) for x in operands):
-            raise Refusal(
-                "takes a float input that no site of the plan takes as it is, so that no range is known for it: "
-                "do this before the call, or give the program integers, such as pixels in uint8"
-            )
+            return [inputs.followed(eqn, operands)]
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, there(operands[0]))
         if eqn.primitive in picks.SEVERAL:
@@ -255,4 +253,6 @@ def finished(value: Value, aval: Any) -> jax.Array:
     if isinstance(value, Coded | Mapped):
         return leave(curves.made(value) if isinstance(value, Mapped) else value, aval.dtype)
     assert isinstance(value, Plain | Entry)
+    if isinstance(value, Entry) and value.is_changed:
+        raise Refusal("is a float input, scaled or shifted, for which no range is known: do this after the call")
     return value.array

@@ -5,6 +5,7 @@ through the body: a state that stays within bounds, as a gated unit's output or 
 more than so much in each iteration, as a sum, has one for the whole loop. It is proved to stay there, or saturated.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer import curves, moves
+from jaxq.integer.inputs import ENTRY
 from jaxq.integer.scales import finite, power_above, rescaled, uniform
 from jaxq.integer.values import (
     HIDDEN,
@@ -80,7 +82,8 @@ def _slice(x: Value, n: int) -> Value:
     if isinstance(x, Constant):
         return x if x.array is None else Constant(x.array[n if _differs(x) else 0])
     arrays, of = _opened(x, None)
-    return of(None if arrays is None else arrays[n])
+    with jax.named_scope(ENTRY) if isinstance(x, Entry) else contextlib.nullcontext():
+        return of(None if arrays is None else arrays[n])
 
 
 def _stacked(values: Sequence[Value], aval: Any) -> Value:
@@ -297,7 +300,12 @@ def _coded(x: Value) -> Coded:
 def _opened(x: Value, aval: Any) -> tuple[Any, Callable[[Any], Value]]:
     """Return the array of a value that is scanned over, [length, ...], and what makes a value of its slice."""
     if isinstance(x, Entry):
-        return None, lambda _: Entry(None)
+        factor, offset = (c[0] if c.ndim else c for c in (x.factor, x.offset))
+        if any(c.ndim and c.shape[0] > 1 for c in (x.factor, x.offset)):
+            raise Refusal(
+                "passes on a float input that is scaled differently in each iteration: do this before the call"
+            )
+        return x.array, lambda array: Entry(array, factor, offset)
     if isinstance(x, Plain):
         return x.array, Plain
     if isinstance(x, Constant):

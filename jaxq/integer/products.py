@@ -16,9 +16,9 @@ from jax import lax
 
 from jaxq.decisions import integer_form
 from jaxq.decisions.decision import Decision
-from jaxq.integer import curves, embedding, quotients
+from jaxq.integer import curves, embedding, inputs, quotients
 from jaxq.integer.scales import narrowed
-from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Mapped, Plain, Refusal, Rowed, Value, ones, wide
+from jaxq.integer.values import HIDDEN, Affine, Coded, Constant, Entry, Mapped, Plain, Refusal, Rowed, Value, ones, wide
 from jaxq.interpretation.numerics import Task, to_codes, weight_codes
 from jaxq.lowering import SCALES, dot, forms
 from jaxq.lowering.conv import sums_of_kernel
@@ -71,6 +71,8 @@ class Job:
             return self._weight(x)
         if isinstance(x, Mapped):
             return curves.placed(x, self.grid(number))
+        if isinstance(x, Entry):
+            return inputs.placed(x, self.grid(number))
         if isinstance(x, Rowed):
             return quotients.placed(x, self.grid(number))
         if isinstance(x, Constant):  # in the first iteration of a loop

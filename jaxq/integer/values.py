@@ -128,9 +128,18 @@ class Rowed:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """A float array that the program was given, and that no site takes as it is: no range is known for it."""
+    """`factor array + offset`, of a float input that no site takes as it is: no range is known for it so far.
+
+    factor, offset: of the array's rank or without axes, with ones where all are alike.
+    """
 
     array: jax.Array
+    factor: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(()))
+    offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(()))
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(np.any(self.factor != 1) or np.any(self.offset))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
