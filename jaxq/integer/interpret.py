@@ -117,7 +117,7 @@ class Integers:
     def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
         """Apply the rule of an ordinary equation, or of what it is the last one of."""
         by = origin(eqn, operands)
-        if by is not None and any(isinstance(x, Mapped | Rowed) for x in operands):
+        if by is not None and rows.may_complete(eqn, operands):
             form = self.form(eqn, Rowed(by, Refusal()), (*self.layers, *path))
             if form is not None:
                 return form

@@ -8,12 +8,13 @@ one, and so is a norm of groups.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxq.integer import arithmetic, curves, softmax
 from jaxq.integer.moves import reshaped
@@ -73,6 +74,11 @@ class Found(NamedTuple):
     form: Form
 
 
+def may_complete(eqn: Any, operands: Sequence[Any]) -> bool:
+    """Tell whether an equation is worth a look: operands without integers so far, or one that may have none itself."""
+    return eqn.primitive in (lax.log_p, lax.div_p) or any(isinstance(x, Mapped | Rowed) for x in operands)
+
+
 def completed(eqn: Any, result: Rowed, known: Found | None) -> tuple[Found, Coded] | None:
     """Return what an equation completes, and its integers; None if nothing.
 
@@ -81,7 +87,7 @@ def completed(eqn: Any, result: Rowed, known: Found | None) -> tuple[Found, Code
     aval = eqn.outvars[0].aval
     if not jaxpr.is_float(aval):
         return None
-    whole = eqn.primitive is not jaxpr.LOG
+    whole = eqn.primitive is not lax.log_p
     found = [(n, cut, cut.view) for n, cut in enumerate(cuts(result))]
     for n, cut, view in reversed(
         found

@@ -61,7 +61,6 @@ ROOTS = frozenset({prims.rsqrt_p, prims.sqrt_p, prims.pow_p})
 SCALINGS = frozenset({prims.mul_p, prims.div_p})
 LINEAR = SCALINGS | {prims.add_p, prims.sub_p, prims.neg_p, prims.reduce_window_sum_p}  # in the first operand
 SUM = prims.reduce_sum_p
-LOG = prims.log_p
 LATE = jex.Primitive("late")  # whose rules are in `late`
 SELECT = prims.select_n_p
 PAD = prims.pad_p
