@@ -88,6 +88,35 @@ PROGRAMS = {
         X,
         1e-6,
     ),
+    "one of two branches": (
+        lambda p, x: lax.cond(dense(p, x)[0, 0] <= 0, lambda h: h @ p["v"], lambda h: -h, dense(p, x)),
+        {**W, "v": drawn(6, 6)},
+        X,
+        1e-6,
+    ),
+    "one of many branches": (
+        lambda p, x: lax.switch(
+            jnp.argmax(x[0]), [jnp.tanh, jnp.abs, lambda h: h / 3, jnp.zeros_like, lambda h: h @ p["v"]], dense(p, x)
+        ),
+        {**W, "v": drawn(6, 6)},
+        X,
+        1e-3,
+    ),
+    "a branch of numbers": (
+        lambda p, x: lax.cond(dense(p, x)[0, 0] > 0, lambda: (0, jnp.ones((2, 1))), lambda: (1, jnp.zeros((2, 1)))),
+        W,
+        X,
+        1e-6,
+    ),
+    "a branch that is known": (lambda p, x: lax.switch(1, [jnp.exp, jnp.abs], dense(p, x)), W, X, 1e-6),
+    "branches over time": (
+        lambda p, x: lax.scan(
+            lambda c, a: (lax.cond(a.sum() > 0, lambda: c / 2 + a, lambda: -c / 2), None), jnp.zeros(6), dense(p, x)
+        )[0],
+        W,
+        X,
+        0.03,
+    ),
     "in order": (lambda p, x: jnp.sort(dense(p, x)), W, X, 1e-6),
     "in the order of others": (lambda p, x: lax.sort((x @ p["w"], x[:, :6]), num_keys=1)[0], W, X, 1e-6),
     "the largest of all": (lambda p, x: lax.top_k(jax.nn.relu(dense(p, x)), 3)[0], W, X, 1e-6),
@@ -286,6 +315,11 @@ REFUSED = {
         lambda p, x, m: jax.nn.softmax(jnp.where(m > 0, jnp.where(m > 1, dense(p, x), -1e9), -40.0)),
         X,
         "select_n takes a number that is far from all others",
+    ),
+    "a branch that hides": (
+        lambda p, x, m: lax.cond(m[0, 0] > 0, lambda h: jnp.where(h > 0, h, -jnp.inf), lambda h: h, dense(p, x)),
+        X,
+        "cond at .* takes a number that is far from all others",
     ),
     "filled in": (
         lambda p, x, m: jnp.take(dense(p, x), m[:, 0], axis=0, mode="fill", fill_value=3.0),

@@ -53,7 +53,7 @@ def _plus(v: Coded, c: Constant) -> Coded:
     if is_far.any() and not is_far.all():
         near, mask = (Constant(np.where(which, 0.0, c.reals)) for which in (is_far, ~is_far))
         shape = lax.broadcast_shapes(v.codes.shape, is_far.shape)
-        return _selected(jnp.broadcast_to(jnp.asarray(is_far), shape), [_plus(v, near), mask])
+        return selected(jnp.broadcast_to(jnp.asarray(is_far), shape), [_plus(v, near), mask])
     reals = finite(c)
     pair, v = _paired(v.pair, operator.add, reals), widened(v)
     if is_far.any():
@@ -96,6 +96,14 @@ def scaled(v: Coded, factor: np.ndarray) -> Coded:
     return dataclasses.replace(wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends), pair=pair)
 
 
+def absolute(eqn: Eqn, x: Coded) -> Coded:
+    """|x|."""
+    del eqn
+    w = widened(x)
+    low = np.maximum(np.maximum(w.low, -w.high), 0)
+    return wide(lax.abs(w.codes), w.scale, low, np.maximum(np.abs(w.low), np.abs(w.high)))
+
+
 def add(eqn: Eqn, a, b) -> Coded:
     """Values of one scale, or together at one; what a mask adds, beside which a value is nothing, is selected."""
     del eqn
@@ -123,7 +131,7 @@ def _masked(v: Coded, mask: Coded, number: float) -> Coded:
     codes = widened(mask).codes
     which = beyond(codes, jnp.broadcast_to(jnp.int32(half), codes.shape))
     shape = lax.broadcast_shapes(v.codes.shape, codes.shape)
-    return _selected(jnp.broadcast_to(which, shape), [v, Constant(np.asarray(number))])
+    return selected(jnp.broadcast_to(which, shape), [v, Constant(np.asarray(number))])
 
 
 def sub(eqn: Eqn, a, b) -> Coded:
@@ -266,10 +274,10 @@ def select(eqn: Eqn, which, *cases) -> Coded:
     data = [c for c in cases if isinstance(c, Coded)]
     if not data:
         return _constants(eqn, which, cases)
-    return _selected(which.array, cases)
+    return selected(which.array, cases)
 
 
-def _selected(which: jax.Array, cases: Sequence) -> Coded:
+def selected(which: jax.Array, cases: Sequence) -> Coded:
     """Return one of several values, of which constants are brought near if they are far."""
     data = [c for c in cases if isinstance(c, Coded)]
     near, far = _nearer(cases, max(c.real_reach for c in data))
@@ -348,6 +356,7 @@ RULES: dict[Any, Callable[..., Value]] = {
     lax.add_p: add,
     lax.sub_p: sub,
     lax.neg_p: neg,
+    lax.abs_p: absolute,
     lax.mul_p: mul,
     lax.div_p: div,
     lax.square_p: square,

@@ -46,6 +46,12 @@ def _is_selection(eqn: Eqn, operands: Sequence[Value], far: float) -> bool:
     return all(_is_apart(case, far, reach) for case in operands[1:])
 
 
+def check_near(values: Sequence[Value]) -> None:
+    """Refuse values of which some numbers stand for larger ones."""
+    if any(isinstance(v, Coded) and v.far < math.inf for v in values):
+        raise Refusal(f"takes {HIDDEN}")
+
+
 def _is_apart(case: Value, far: float, reach: float) -> bool:
     if isinstance(case, Coded):
         return case.far < math.inf or case.real_reach < far

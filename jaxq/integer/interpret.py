@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer import arithmetic, curves, inputs, loops, moves, picks, quotients, reductions, rows, tables
+from jaxq.integer import arithmetic, branches, curves, inputs, loops, moves, picks, quotients, reductions, rows, tables
 from jaxq.integer.entry import leave
 from jaxq.integer.hidden import far_after
 from jaxq.integer.inputs import EXIT
@@ -36,7 +36,7 @@ from jaxq.integer.values import (
     there,
 )
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, CustomRule, Eqn, Inline, Loop, Remat
+from jaxq.programs.jaxpr import Body, Branches, CustomRule, Eqn, Inline, Loop, Remat
 from jaxq.programs.sites import Path
 
 RULES: dict[Any, Callable[..., Value]] = {**arithmetic.RULES, **moves.RULES, **picks.RULES, **reductions.RULES}
@@ -86,12 +86,8 @@ class Integers:
         if len(constants) == len(operands) and not eqn.effects:
             return _ahead(eqn, constants)
         sub = jaxpr.subprogram(eqn)
-        if isinstance(sub, Inline | CustomRule | Remat):
-            return self.run(sub.body, operands, (*path, 0))
-        if isinstance(sub, Loop):
-            return self.loop(sub, operands, path)
         if sub is not None:
-            raise Refusal("has no integer form: use lax.scan or fori_loop with a known number of steps, or jnp.where")
+            return self.inside(sub, eqn, operands, path)
         if _is_whole(eqn, operands):
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
@@ -102,6 +98,20 @@ class Integers:
         if eqn.primitive in picks.SEVERAL:
             return picks.SEVERAL[eqn.primitive](eqn, *(_made(there(x)) for x in operands))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
+
+    def inside(self, sub: jaxpr.Subprogram, eqn: Eqn, operands: list[Value], path: Path) -> list[Value]:
+        """Run what an equation holds."""
+        if isinstance(sub, Inline | CustomRule | Remat):
+            return self.run(sub.body, operands, (*path, 0))
+        if isinstance(sub, Loop):
+            return self.loop(sub, operands, path)
+        if not isinstance(sub, Branches):
+            raise Refusal("has no integer form: use lax.scan or fori_loop with a known number of steps")
+
+        def branch(n: int) -> list[Value]:
+            return self.run(sub.bodies[n], operands[1:], (*path, n))
+
+        return branches.run(operands[0], len(sub.bodies), branch, [v.aval for v in eqn.outvars])
 
     def loop(self, loop: Loop, operands: list[Value], path: Path) -> list[Value]:
         """Run a loop: layer by layer, where each has weights of its own, else as a loop."""

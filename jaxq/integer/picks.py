@@ -29,7 +29,7 @@ def check_filling(mode: Any, number: Any) -> None:
         raise Refusal(f"fills in {number} where an index is out of bounds: fill in zero, or clip the index")
 
 
-def _one_scale(x: Value, aval: Any) -> Coded:
+def one_scale(x: Value, aval: Any) -> Coded:
     """Return codes of one scale: of parameters, thirty bits of their largest number; zeros have next to none."""
     if isinstance(x, Coded):
         return uniform(x)
@@ -63,7 +63,7 @@ def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
     """Values at indices; zeros where an index is out of bounds and the program has NaN."""
     p = eqn.params
     check_filling(p["mode"], p["fill_value"])
-    v, (places,) = _one_scale(x, eqn.invars[0].aval), _places(eqn, [indices], 1)
+    v, (places,) = one_scale(x, eqn.invars[0].aval), _places(eqn, [indices], 1)
     codes = lax.gather(
         v.codes,
         places,
@@ -79,13 +79,13 @@ def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
 
 def dynamic_slice(eqn: Eqn, x: Coded | Constant, *starts: Value) -> Coded:
     """A part that begins at an index."""
-    v = _one_scale(x, eqn.invars[0].aval)
+    v = one_scale(x, eqn.invars[0].aval)
     return _picked(v, jaxpr.rebind(eqn, v.codes, *_places(eqn, starts, 1))[0])
 
 
 def _put(pairs: Sequence[tuple[Value, Any]], put: Callable[[list[jax.Array]], jax.Array]) -> Coded:
     """Return values with others put in among them, all of one scale. pairs: both, and their variables."""
-    parts = [_one_scale(x, v.aval) for x, v in pairs]
+    parts = [one_scale(x, v.aval) for x, v in pairs]
     return joined(parts, [part.codes.shape for part in parts], put)
 
 
@@ -113,7 +113,7 @@ def cumulative(eqn: Eqn, x: Coded) -> Coded:
 def _opened(eqn: Eqn, operands: Sequence[Value]) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], list]]:
     """Return arrays to be reordered, and what makes values of them again."""
     pairs = zip(operands, eqn.invars, strict=True)
-    kept = [_one_scale(x, v.aval) if jaxpr.is_float(v.aval) else Plain(as_array(x, v.aval)) for x, v in pairs]
+    kept = [one_scale(x, v.aval) if jaxpr.is_float(v.aval) else Plain(as_array(x, v.aval)) for x, v in pairs]
     arrays = [v.codes if isinstance(v, Coded) else v.array for v in kept]
 
     def closed(arrays: Sequence[jax.Array]) -> list:

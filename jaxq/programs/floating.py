@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from jaxq.programs import jaxpr
-from jaxq.programs.jaxpr import Body, Branches, Eqn, Manual
+from jaxq.programs.jaxpr import Body, Eqn, Manual
 from jaxq.programs.sites import Path
 from jaxq.programs.walk import Walk
 
@@ -57,7 +57,7 @@ class _Walk(Walk):
     def step(self, eqn: Eqn, ins: list, path: Path, around: Sequence[Eqn]) -> list:
         if path in self.sites or not any(ins):
             return [any(ins)] * len(eqn.outvars)
-        if isinstance(jaxpr.subprogram(eqn), Branches | Manual):  # which have no integer form as a whole
+        if isinstance(jaxpr.subprogram(eqn), Manual):  # which has no integer form as a whole
             return [self.ordinary(eqn, ins, path, around)] * len(eqn.outvars)
         return super().step(eqn, ins, path, around)
 
