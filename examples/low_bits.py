@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import jaxq
 from datasets import load
-from low_bits_models import ConvNet, Perceptron, ResNet20, Rows, sign_like
+from low_bits_models import ConvNet, MobileNetV2, Perceptron, ResNet20, Rows, sign_like
 from train_qat import all_logits, cross_entropy
 
 RATE, QAT_RATE, STEP_RATE = 3e-3, 3e-4, 1e-4  # of weights in float, in QAT; of learned steps, relative to a step
@@ -92,6 +92,8 @@ TASKS = {
     "perceptron": Task("mnist", partial(Perceptron, widths=(64, 64, 64), normalized=True), "dense_0", ("2", "1")),
     "lenet": Task("mnist", partial(Perceptron, widths=(300, 100), normalized=False), "dense_0", ("k-means 32",)),
     "rows": Task("mnist", Rows, None, ("8", "4")),
+    "mobilenet": Task("mnist", MobileNetV2, None, ("8",)),
+    "digits_mobilenet": Task("digits", MobileNetV2, None, ("8",)),
     "digits_rows": Task("digits", Rows, None, ("8", "4")),
     # Half the published width, for CPUs, and all of it.
     "resnet20": Task("cifar10", partial(ResNet20, width=8), *RESIDUAL),

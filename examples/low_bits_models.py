@@ -71,6 +71,32 @@ class ResNet20(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
+class MobileNetV2(nn.Module):
+    """Inverted residuals with depthwise convolutions and ReLU6 (Sandler et al. 2018), few of them, for small images."""
+
+    activate: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def conv(x: jax.Array, width: int, size: int, stride: int, name: str, groups: int = 1) -> jax.Array:
+            shape, strides = (size, size), (stride, stride)
+            made = nn.Conv(width, shape, strides, feature_group_count=groups, use_bias=False, name=name)
+            return normed(made(x), train)
+
+        def clipped(x: jax.Array) -> jax.Array:
+            return jnp.minimum(self.activate(x), 6)
+
+        x = clipped(conv(x, 16, 3, 2, "stem"))
+        for block, (width, stride) in enumerate(((16, 1), (24, 2), (24, 1), (32, 2), (32, 1))):
+            name, wide = f"block_{block}", 4 * x.shape[-1]
+            y = clipped(conv(x, wide, 1, 1, f"{name}_up"))
+            y = clipped(conv(y, wide, 3, stride, f"{name}_depthwise", wide))
+            y = conv(y, width, 1, 1, f"{name}_down")
+            x = x + y if x.shape == y.shape else y
+        x = clipped(conv(x, 128, 1, 1, "last"))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
 class Rows(nn.Module):
     """An LSTM that reads an image row by row, a time series, and a dense layer on its last state."""
 
