@@ -5,6 +5,7 @@
     python tpu_scripts/compile_for.py --target v5e --model mlp
     python tpu_scripts/compile_for.py --target h100 --model resnet18 --variant "int8 dynamic"
     python tpu_scripts/compile_for.py --target v5e --model mlp --exported
+    python tpu_scripts/compile_for.py --target h100 --model resnet18 --integers
 
 Prints the integer and float products of the optimized program, its memory, and its estimated time against the same
 model in bfloat16. Ends with status 1 if a product that the plan quantizes came out in float. On a TPU the estimate is
@@ -119,6 +120,13 @@ def exported(model: Model, variant: str) -> tuple[Callable, tuple[Any, ...]]:
     return artifact.call, (jax.ShapeDtypeStruct(x.shape, x.dtype),)
 
 
+def alone(model: Model) -> tuple[Callable, tuple[Any, ...], jaxq.Plan]:
+    """Return the program of `jaxq.integer`, weights inside, its arguments, and the plan."""
+    params, x = model.init(jax.random.key(0)), model.example_input(jax.random.key(1))
+    plan = jaxq.calibrate(model.apply, jaxq.w8a8(static=True, symmetric=False), progress=False)(params, [x])
+    return jaxq.integer(model.apply, plan)(params, x), (jax.ShapeDtypeStruct(x.shape, x.dtype),), plan
+
+
 def strays(ops: dict[str, int], plan: jaxq.Plan) -> int:
     """Return how many products too many are in float: more than the plan leaves there."""
     left = sum(not d.is_integer and d.site.op != "embedding" for d in plan.decisions)
@@ -141,7 +149,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", choices=list(TARGETS), required=True)
     parser.add_argument("--model", choices=list(MODELS), default="mlp")
     parser.add_argument("--variant", choices=list(VARIANTS), default="int8 static")
-    parser.add_argument("--exported", action="store_true", help="compile what jaxq.export wrote, weights inside")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--exported", action="store_true", help="compile what jaxq.export wrote, weights inside")
+    kind.add_argument("--integers", action="store_true", help="compile what jaxq.integer makes, weights inside")
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the optimized program there")
     return parser.parse_args()
 
@@ -154,6 +164,8 @@ def main() -> int:
     f, shapes, plan = quantized(model, options.variant, shapes_of(model))
     if options.exported:
         f, shapes = exported(model, options.variant)
+    if options.integers:
+        f, shapes, plan = alone(model)
     flops = sum(d.site.flops for d in plan.decisions)
     reference = compiled(model.apply, device, *shapes_of(model, jnp.bfloat16))
     program = compiled(f, device, *shapes)
@@ -164,7 +176,7 @@ def main() -> int:
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     print(row("bfloat16", reference, times[0]))
-    print(row(options.variant, program, times[1]))
+    print(row("integers alone" if options.integers else options.variant, program, times[1]))
     print(f"\nestimated speed over bfloat16, of what is known: {times[0].seconds / times[1].seconds:.2f}")
     if options.hlo:
         options.hlo.write_text(program.as_text())
