@@ -117,6 +117,31 @@ PROGRAMS = {
         X,
         0.03,
     ),
+    "parts of an input": (
+        lambda p, x: x[:, :8] @ p["w"] + x[:, 8:],
+        W,
+        jnp.concatenate([X, 100 * drawn(5, 6)], 1),
+        1e-6,
+    ),
+    "a norm of an input": (lambda p, x: dense(p, jax.nn.standardize(x)), W, X, 1e-6),
+    "an input added to": (lambda p, x: 2 * x[:, :6] + dense(p, 2 * x), W, X, 1e-6),
+    "a function of an input": (lambda p, x: dense(p, jax.nn.gelu(x)), W, X, 0.01),
+    "an input beside a state": (
+        lambda p, x: lax.scan(
+            lambda c, a: (jnp.tanh(jnp.concatenate([a, c], 1) @ p["v"]), None), jnp.zeros((1, 6)), x[:, None]
+        ),
+        {"v": drawn(14, 6) / 3},
+        X,
+        0.02,
+    ),
+    "an input as a state": (
+        lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w) + c, None), x, p["s"])[0],
+        {"s": drawn(3, 8, 8) / 3},
+        X,
+        0.01,
+    ),
+    "an input in a branch": (lambda p, x: lax.cond(dense(p, x)[0, 0] > 0, lambda: x, lambda: 2 * x), W, X, 1e-6),
+    "a softmax of one number": (lambda p, x: jax.nn.softmax(dense(p, x)[:, :1]) + dense(p, x), W, X, 1e-3),
     "in order": (lambda p, x: jnp.sort(dense(p, x)), W, X, 1e-6),
     "in the order of others": (lambda p, x: lax.sort((x @ p["w"], x[:, :6]), num_keys=1)[0], W, X, 1e-6),
     "the largest of all": (lambda p, x: lax.top_k(jax.nn.relu(dense(p, x)), 3)[0], W, X, 1e-6),
@@ -241,6 +266,26 @@ def test_quotients_are_near_and_saturate():
         assert np.all((found * np.sign(true))[~fits] >= 2**27)
 
 
+def test_inputs_without_a_range_are_asked_for_one_and_saturate_far_beyond_it():
+    """A state comes as an argument and goes as a result, as in a cell that runs a step at a time."""
+
+    def step(p, x, c):
+        c = 0.9 * c + jnp.tanh(x @ p["w"])
+        return c, c @ p["v"]
+
+    params, c = {"w": drawn(8, 6), "v": drawn(6, 4)}, jnp.tanh(drawn(5, 6))
+    plan = planned(step, params, (X, c))
+    program = jaxq.integer(step, plan)(params, X, c)
+    for start in (c, 9 * c, 0 * c):
+        found, wanted = program(X, start)[0], step(params, X, start)[0]
+        assert np.abs(found - wanted).max() < 0.05
+    far = jnp.full((5, 6), 1e6)
+    assert np.array_equal(program(X, far)[0], program(X, jnp.inf * far)[0]) and program(X, far)[0].min() > 9
+    for unknown in (jnp.zeros((5, 6)), jax.ShapeDtypeStruct((5, 6), jnp.float32)):
+        with pytest.raises(ValueError, match="build the program with arrays that show one"):
+            jaxq.integer(step, plan)(params, X, unknown)
+
+
 def test_a_loop_whose_state_starts_as_another_value_is_no_tanh():
     """What `jaxq.tflite` fixes the range of: the first state is no output of tanh, and would saturate."""
 
@@ -295,11 +340,9 @@ REFUSED = {
         X,
         "far from all others",
     ),
-    "parts of its own": (
-        lambda p, x, m: x[:, :8] @ p["w"] + x[:, 8:],
-        jnp.concatenate([X, 100 * drawn(5, 6)], 1),
-        "a float input of shape .* has a range of its parts alone, that of w, and add takes more",
-    ),
+    "an input's power": (lambda p, x, m: dense(p, x) + jnp.exp(9 * x).sum(), X, "takes exp, which is inf at"),
+    "an input times zero": (lambda p, x, m: dense(p, x * jnp.arange(8)[None]), X, "takes an input times zero"),
+    "an input under a constant": (lambda p, x, m: dense(p, 1 / x), X, "takes div, which is inf at 0"),
     "whole numbers": (lambda p, x, m: dense(p, x) * m.astype(jnp.float32), X, "give the program int16 or less"),
     "what hides, as an output": (
         lambda p, x, m: dense(p, x) + jnp.where(m > 0, 0.0, -1e9),

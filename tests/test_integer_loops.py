@@ -307,5 +307,10 @@ def test_floats_that_a_loop_passes_on_are_refused():
     def f(p, h, y, x):
         return lax.scan(lambda s, x: ((jnp.tanh(s[0] @ p["u"]), x), s[1]), (h, y), x)
 
+    ours, theirs = built(f, {"u": SQUARE}, H, XS[0], XS)[0](H, XS[0], XS), f({"u": SQUARE}, H, XS[0], XS)
+    np.testing.assert_allclose(ours[0][1], theirs[0][1], atol=1e-5)  # in 24 bits
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
+    plan = jaxq.calibrate(f, jaxq.w8a8(static=True), progress=False)({"u": SQUARE}, [(H, XS[0], XS)])
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (H, XS[0], XS))
     with pytest.raises(ValueError, match="scan at .*passes a float input on"):
-        built(f, {"u": SQUARE}, H, XS[0], XS)
+        jaxq.integer(f, plan)({"u": SQUARE}, *shapes)

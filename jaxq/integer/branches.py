@@ -33,6 +33,7 @@ def _chosen(which: jax.Array, cases: Sequence[Value], aval: Any) -> Value:
         return Refused()
     if all(case is cases[0] for case in cases):
         return cases[0]
+    cases = [case.coded or case if isinstance(case, Entry) else case for case in cases]
     if any(isinstance(case, Entry) for case in cases):
         raise Refusal("passes a float input on, for which no range is known: do this outside of the branches")
     index = which != 0 if len(cases) == 2 else which

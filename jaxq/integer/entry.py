@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxq.integer.inputs import ENTRY, EXIT, undifferentiated
 from jaxq.integer.products import Job
-from jaxq.integer.values import INT8, Affine, Coded, Refusal, ones
+from jaxq.integer.values import INT8, Affine, Coded, ones
 from jaxq.numbers import affine
 from jaxq.numbers.catalog import int8
 from jaxq.programs import jaxpr
@@ -96,15 +96,7 @@ def _follow_loop(
 
 
 def enter(x: jax.Array, takers: Takers) -> Coded:
-    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero.
-
-    Raises `Refusal` where sites take parts of it alone, and something else takes another part, or all of it.
-    """
-    if takers.others and not any(takers.whole):
-        raise Refusal(
-            f"has a range of its parts alone, that of {takers.sites[0][0].item.site.name}, and {takers.others[0]} "
-            "takes more: give the program these parts as inputs of their own"
-        )
+    """Quantize an input to int8 codes, on the grid of the sites that take it: saturated; NaN is taken for zero."""
     grids = [job.grid(number) for job, number in takers.sites]
     (job, number), grid = takers.sites[0], grids[0]
     quantizer, own = job.quantizer(number), job.affine(number)

@@ -1,7 +1,9 @@
-"""Float inputs that no site takes as they are: scaled, shifted and moved, as images are before the first layer.
+"""Float inputs that no site takes as they are.
 
-The site that takes the result has a range of it, from which that of the input follows. There the input enters, in 24
-bits, as many as a float has, and what was done to it is done in integers.
+Those that are scaled, shifted and moved, as images are before the first layer, enter at the site that takes the result
+and has a range of it, from which that of the input follows. Others, such as the state of a recurrent cell, enter in the
+range of the arrays that the program was built with, and far beyond. All enter in 24 bits, as many as a float has, and
+what is done to them is done in integers.
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ from jaxq.programs.jaxpr import Eqn
 
 # Name scopes of the only operations of a program that are float: an audit finds floats nowhere else.
 ENTRY, EXIT = "jaxq_entry", "jaxq_exit"
-# Bits of codes that an input enters in before a site rounds what became of it.
-BITS = 24
+# Bits of codes that an input enters in before a site rounds what became of it; how far beyond the arrays that the
+# program was built with it may reach.
+BITS, BEYOND = 24, 16.0
 
 
 def followed(eqn: Eqn, operands: Sequence[Value]) -> Entry:
@@ -32,7 +35,8 @@ def followed(eqn: Eqn, operands: Sequence[Value]) -> Entry:
     if found is None:
         raise Refusal(
             "takes a float input that no site of the plan takes as it is, or scaled, shifted and moved, so that no "
-            "range is known for it: do this before the call, or give the program integers, such as pixels in uint8"
+            "range is known for it: build the program with arrays that show one (not with shapes or zeros), do this "
+            "before the call, or give the program integers, such as pixels in uint8"
         )
     return found
 
@@ -82,15 +86,24 @@ def placed(x: Entry, grid: Affine) -> Coded:
     factor, offset = (np.asarray(part, np.float64) for part in np.broadcast_arrays(x.factor, x.offset))
     if not factor.all():
         raise Refusal("takes an input times zero: leave it out")
-    reach = max(float(np.max(np.abs((end - offset) / factor))) for end in ends)
-    scale, rank = reach / 2**BITS, x.array.ndim
+    v, rank = _entered(x.array, max(float(np.max(np.abs((end - offset) / factor))) for end in ends)), x.array.ndim
+    v = arithmetic.scaled(v, _ranked(factor, rank))
+    return narrowed(arithmetic.add(None, v, Constant(_ranked(offset, rank))) if offset.any() else v, grid)
+
+
+def entry(array: jax.Array, reach: float) -> Entry:
+    """Return a float input. reach: the largest number of the one that the program was built with, zero if unknown."""
+    return Entry(array, coded=_entered(array, BEYOND * reach) if reach else None)
+
+
+def _entered(array: jax.Array, reach: float) -> Coded:
+    """Return codes of a float array between `-reach` and `reach`: saturated; NaN is taken for zero."""
+    scale, bound = reach / 2**BITS, ones(2**BITS, array.ndim, np.int64)
     with jax.named_scope(ENTRY):
-        real = lax.convert_element_type(undifferentiated(x.array), jnp.float32)
+        real = lax.convert_element_type(undifferentiated(array), jnp.float32)
         steps = lax.clamp(np.float32(-(2**BITS)), real / np.float32(scale), np.float32(2**BITS))
         codes = lax.convert_element_type(lax.round(jnp.where(steps == steps, steps, 0.0)), jnp.int32)
-    bound = ones(2**BITS, rank, np.int64)
-    v = arithmetic.scaled(Coded(codes, ones(scale, rank), -bound, bound), _ranked(factor, rank))
-    return narrowed(arithmetic.add(None, v, Constant(_ranked(offset, rank))) if offset.any() else v, grid)
+    return Coded(codes, ones(scale, array.ndim), -bound, bound)
 
 
 def _ranked(c: np.ndarray, rank: int) -> np.ndarray:

@@ -67,7 +67,7 @@ class Integers:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in body.jaxpr.outvars]
 
-    def step(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
+    def step(self, eqn: Eqn, operands: Sequence[Value], path: Path) -> Sequence[Value]:
         """Return the values of an equation's outputs; where it has no integer form, say so once."""
         if any(isinstance(x, Refused) for x in operands):
             return [Refused()] * len(eqn.outvars)
@@ -79,7 +79,7 @@ class Integers:
                 self.problems.append(problem)
             return [Refused()] * len(eqn.outvars)
 
-    def outputs(self, eqn: Eqn, operands: list[Value], path: Path) -> Sequence[Value]:
+    def outputs(self, eqn: Eqn, operands: Sequence[Value], path: Path) -> Sequence[Value]:
         constants = [x for x in operands if isinstance(x, Constant)]
         if path in self.jobs:
             return [self.jobs[path].run(operands)]
@@ -92,14 +92,29 @@ class Integers:
             arrays = [as_array(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [Plain(y) for y in jaxpr.rebind(eqn, *arrays)]
         if any(isinstance(x, Entry) for x in operands):
-            return [inputs.followed(eqn, operands)]
+            return self.entering(eqn, operands, path)
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, there(operands[0]))
         if eqn.primitive in picks.SEVERAL:
             return picks.SEVERAL[eqn.primitive](eqn, *(_made(there(x)) for x in operands))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
 
-    def inside(self, sub: jaxpr.Subprogram, eqn: Eqn, operands: list[Value], path: Path) -> list[Value]:
+    def entering(self, eqn: Eqn, operands: Sequence[Value], path: Path) -> Sequence[Value]:
+        """Keep an input that is scaled, shifted or moved on its way to a site; where something else takes it, enter."""
+        coded = [x.coded if isinstance(x, Entry) else x for x in operands]
+        known = [x for x in coded if x is not None]
+        try:
+            entry = inputs.followed(eqn, operands)
+        except Refusal:
+            if len(known) < len(coded):
+                raise
+            return self.outputs(eqn, known, path)
+        if len(known) < len(coded):
+            return [entry]
+        (value,) = self.outputs(eqn, known, path)
+        return [dataclasses.replace(entry, coded=value if isinstance(value, Coded) else None)]
+
+    def inside(self, sub: jaxpr.Subprogram, eqn: Eqn, operands: Sequence[Value], path: Path) -> list[Value]:
         """Run what an equation holds."""
         if isinstance(sub, Inline | CustomRule | Remat):
             return self.run(sub.body, operands, (*path, 0))
@@ -113,7 +128,7 @@ class Integers:
 
         return branches.run(operands[0], len(sub.bodies), branch, [v.aval for v in eqn.outvars])
 
-    def loop(self, loop: Loop, operands: list[Value], path: Path) -> list[Value]:
+    def loop(self, loop: Loop, operands: Sequence[Value], path: Path) -> list[Value]:
         """Run a loop: layer by layer, where each has weights of its own, else as a loop."""
         if loops.varies(loop, operands) or any(path in job.item.stacked for job in self.jobs.values()):
             return loops.written_out(loop, operands, lambda n, args: self.at(path, n).run(loop.body, args, (*path, 0)))
@@ -124,7 +139,7 @@ class Integers:
         jobs = {key: job.layer(path, n) for key, job in self.jobs.items()}
         return dataclasses.replace(self, jobs=jobs, layers=(*self.layers, n))
 
-    def ordinary(self, eqn: Eqn, operands: list[Value], path: Path) -> Value:
+    def ordinary(self, eqn: Eqn, operands: Sequence[Value], path: Path) -> Value:
         """Apply the rule of an ordinary equation, or of what it is the last one of."""
         by = origin(eqn, operands)
         if by is not None and rows.may_complete(eqn, operands):
@@ -152,14 +167,14 @@ class Integers:
         self.forms[path], value = completed
         return value
 
-    def alone(self, eqn: Eqn, operands: list[Value]) -> Value:
+    def alone(self, eqn: Eqn, operands: Sequence[Value]) -> Value:
         """Apply the rule of an equation by itself."""
         operands = [there(x) for x in operands]
         far = far_after(eqn, operands)
         value = self.ruled(eqn, operands)
         return dataclasses.replace(value, far=far) if far < math.inf and isinstance(value, Coded) else value
 
-    def ruled(self, eqn: Eqn, operands: list[Value]) -> Value:
+    def ruled(self, eqn: Eqn, operands: Sequence[Value]) -> Value:
         """Apply a move, a table or a rule."""
         if eqn.primitive in moves.MOVES:
             return moves.move(eqn, operands[0])
@@ -264,5 +279,7 @@ def finished(value: Value, aval: Any) -> jax.Array:
         return leave(curves.made(value) if isinstance(value, Mapped) else value, aval.dtype)
     assert isinstance(value, Plain | Entry)
     if isinstance(value, Entry) and value.is_changed:
-        raise Refusal("is a float input, scaled or shifted, for which no range is known: do this after the call")
+        if value.coded is None:
+            raise Refusal("is a float input, scaled or shifted, for which no range is known: do this after the call")
+        return leave(value.coded, aval.dtype)
     return value.array

@@ -83,7 +83,7 @@ def _slice(x: Value, n: int) -> Value:
         return x if x.array is None else Constant(x.array[n if _differs(x) else 0])
     arrays, of = _opened(x, None)
     with jax.named_scope(ENTRY) if isinstance(x, Entry) else contextlib.nullcontext():
-        return of(None if arrays is None else arrays[n])
+        return of(jax.tree.map(lambda array: array[n], arrays))
 
 
 def _stacked(values: Sequence[Value], aval: Any) -> Value:
@@ -241,7 +241,7 @@ class _States:
             outs, _ = self.body([s.opened(a) for s, a in zip(states, carried, strict=True)], slices)
             found.extend(outs)
 
-        shapes = [None if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in self.arrays]
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), list(self.arrays))
         jax.eval_shape(traced, [s.shape for s in states], shapes)
         return [_reach(x) if s.scale and not s.still else 0.0 for s, x in zip(states, found, strict=True)]
 
@@ -286,6 +286,8 @@ def _settled(x: Value) -> Value:
 def _coded(x: Value) -> Coded:
     """Return real numbers as codes."""
     if isinstance(x, Entry):
+        if x.coded is not None:
+            return x.coded
         raise Refusal("passes a float input on, for which no range is known: do this outside of the loop")
     x = there(x)
     if isinstance(x, Mapped):
@@ -300,12 +302,11 @@ def _coded(x: Value) -> Coded:
 def _opened(x: Value, aval: Any) -> tuple[Any, Callable[[Any], Value]]:
     """Return the array of a value that is scanned over, [length, ...], and what makes a value of its slice."""
     if isinstance(x, Entry):
-        factor, offset = (c[0] if c.ndim else c for c in (x.factor, x.offset))
         if any(c.ndim and c.shape[0] > 1 for c in (x.factor, x.offset)):
-            raise Refusal(
-                "passes on a float input that is scaled differently in each iteration: do this before the call"
-            )
-        return x.array, lambda array: Entry(array, factor, offset)
+            raise Refusal("passes on a float input that is scaled by iteration: do this before the call")
+        factor, offset = (c[0] if c.ndim else c for c in (x.factor, x.offset))
+        codes, of = (None, lambda _: None) if x.coded is None else _opened(x.coded, aval)
+        return (x.array, codes), lambda both: Entry(both[0], factor, offset, of(both[1]))
     if isinstance(x, Plain):
         return x.array, Plain
     if isinstance(x, Constant):

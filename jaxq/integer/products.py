@@ -7,6 +7,7 @@ the smallest product that each can make.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ class Job:
         with jax.ensure_compile_time_eval():
             return dataclasses.replace(self, item=item, ranges=own(self.ranges), weight=own(self.weight))
 
-    def run(self, operands: list[Value]) -> Coded:
+    def run(self, operands: Sequence[Value]) -> Coded:
         """Return the site's sums, wide, or rounded to its output's grid where the plan has one."""
         if self.obstacle:
             raise Refusal(self.obstacle)

@@ -130,12 +130,14 @@ class Rowed:
 class Entry:
     """`factor array + offset`, of a float input that no site takes as it is: no range is known for it so far.
 
-    factor, offset: of the array's rank or without axes, with ones where all are alike.
+    factor, offset: of the array's rank or without axes, with ones where all are alike; coded: the same in codes, where
+    the arrays that the program was built with showed a range.
     """
 
     array: jax.Array
     factor: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(()))
     offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(()))
+    coded: Any = None
 
     @property
     def is_changed(self) -> bool:
