@@ -142,6 +142,30 @@ PROGRAMS = {
     ),
     "an input in a branch": (lambda p, x: lax.cond(dense(p, x)[0, 0] > 0, lambda: x, lambda: 2 * x), W, X, 1e-6),
     "a softmax of one number": (lambda p, x: jax.nn.softmax(dense(p, x)[:, :1]) + dense(p, x), W, X, 1e-3),
+    "a product of masks": (
+        lambda p, x: jax.nn.softmax(dense(p, x) + (1 - (x[:, :6] > 0) * (x[:, 2:] > -1).astype(jnp.float32)) * -1e9),
+        W,
+        X,
+        1e-3,
+    ),
+    "numbers or a mask": (
+        lambda p, x: jax.nn.softmax(jnp.where(dense(p, x) > 0, MEAN[:, 1:7] * jnp.ones((5, 1)), -1e9)) + dense(p, x),
+        W,
+        X,
+        1e-3,
+    ),
+    "a softmax's logarithm of what is clipped": (
+        lambda p, x: jax.nn.log_softmax(jnp.maximum(x @ jnp.eye(8) + p["b"], -9.0)),
+        {"b": jnp.full((1, 8), -10.0)},
+        X,
+        1e-3,
+    ),
+    "none of some channels": (
+        lambda p, x: [jnp.cumsum(h, 1) + jnp.sort(h) + jax.nn.relu(h) for h in [dense(p, x)[:, :0]]] + [dense(p, x)],
+        W,
+        X,
+        1e-6,
+    ),
     "in order": (lambda p, x: jnp.sort(dense(p, x)), W, X, 1e-6),
     "in the order of others": (lambda p, x: lax.sort((x @ p["w"], x[:, :6]), num_keys=1)[0], W, X, 1e-6),
     "the largest of all": (lambda p, x: lax.top_k(jax.nn.relu(dense(p, x)), 3)[0], W, X, 1e-6),
@@ -185,7 +209,7 @@ PROGRAMS = {
 def test_a_program_is_near_its_imitation(name):
     f, params, x, tolerance = PROGRAMS[name]
     for integers, imitation, real in compared(f, params, x):
-        size = np.abs(real).max()
+        size = np.abs(real).max(initial=0)
         np.testing.assert_allclose(integers, imitation, rtol=0, atol=tolerance * size)
         np.testing.assert_allclose(integers, real, rtol=0, atol=0.03 * size)
 
@@ -324,6 +348,10 @@ def test_masks_that_are_added_hide_as_selected_ones_do(kind, number):
     np.testing.assert_array_equal(integers, real)
 
 
+def shut(m):
+    return (1 - m.astype(jnp.float32)) * -1e9
+
+
 REFUSED = {
     "one over what may be zero": (
         lambda p, x, m: dense(p, x)[:, 0] / jnp.abs(dense(p, x)).sum(-1),
@@ -347,7 +375,7 @@ REFUSED = {
     "what hides, as an output": (
         lambda p, x, m: dense(p, x) + jnp.where(m > 0, 0.0, -1e9),
         X,
-        "only a softmax or a max",
+        "only a softmax",
     ),
     "a mask beside numbers": (
         lambda p, x, m: jax.nn.softmax(jnp.where(m > 0, dense(p, x), -1e9) + dense(p, x)),
@@ -363,6 +391,46 @@ REFUSED = {
         lambda p, x, m: lax.cond(m[0, 0] > 0, lambda h: jnp.where(h > 0, h, -jnp.inf), lambda h: h, dense(p, x)),
         X,
         "cond at .* takes a number that is far from all others",
+    ),
+    "masks that are one": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x) + (shut(m > 0) + shut(m > 1))),
+        X,
+        "add at .* takes a number that is far from all others",
+    ),
+    "a mask and a slope": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x) + (shut(m > 0) - 0.3 * MEAN[:, :6])),
+        X,
+        "sub at .* takes a number that is far from all others",
+    ),
+    "a mask of whole numbers": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x) + (1.0 - m.astype(jnp.int8).astype(jnp.float32)) * -1e9),
+        X,
+        "adds whole numbers times 1e.09, .*: give the program a mask of booleans",
+    ),
+    "a mask of numbers at indices": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x) + jnp.array([-1e9, 0.0])[m]),
+        X,
+        "add at .* takes a number that is far from all others",
+    ),
+    "a mask that is put in": (
+        lambda p, x, m: jax.nn.softmax(dense(p, x).at[:, 0].set(-1e9)),
+        X,
+        "scatter at .* takes a number that is far from all others",
+    ),
+    "a mask that is put in at an index": (
+        lambda p, x, m: jax.nn.softmax(lax.dynamic_update_slice(dense(p, x), jnp.full((5, 2), -1e9), (0, 0))),
+        X,
+        "dynamic_update_slice at .* takes a number that is far from all others",
+    ),
+    "the logarithm of a sum that is floored": (
+        lambda p, x, m: jnp.log(jnp.exp(dense(p, x)).sum(-1) + 1e-4),
+        X - 9 * jnp.sign(W["w"][:, 0])[None],
+        "reduce_sum at .* takes exp",
+    ),
+    "the logarithm of hidden powers": (
+        lambda p, x, m: jnp.log(jnp.exp(jnp.where(m > 0, dense(p, x), -1e4)).sum(-1)),
+        X,
+        "exp at .* takes a number that is far from all others",
     ),
     "filled in": (
         lambda p, x, m: jnp.take(dense(p, x), m[:, 0], axis=0, mode="fill", fill_value=3.0),

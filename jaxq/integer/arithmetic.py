@@ -23,6 +23,7 @@ from jaxq.integer.scales import (
     beside,
     check_whole,
     coarser,
+    coded,
     constant,
     finite,
     is_full,
@@ -55,7 +56,7 @@ def _plus(v: Coded, c: Constant) -> Coded:
         shape = lax.broadcast_shapes(v.codes.shape, is_far.shape)
         return selected(jnp.broadcast_to(jnp.asarray(is_far), shape), [_plus(v, near), mask])
     reals = finite(c)
-    pair, v = _paired(v.pair, operator.add, reals), widened(v)
+    pair, unit, v = _paired(v.pair, operator.add, reals), v.unit, widened(v)
     if is_far.any():
         largest = float(np.max(np.abs(reals)))
         raise Refusal(f"adds {largest:.3g}, beside which the other values are nothing: {SELECT}")
@@ -66,7 +67,13 @@ def _plus(v: Coded, c: Constant) -> Coded:
         v = shifted(v, int(np.clip(math.floor(math.log2(ROOM / total)), 0, FRACTION)))
     steps = constant(c, v)
     result = wide(v.codes + steps.codes, v.scale, v.low + steps.low, v.high + steps.high)
-    return dataclasses.replace(result, pair=pair)
+    return _as_mask(dataclasses.replace(result, unit=unit), pair)
+
+
+def _as_mask(v: Coded, pair: tuple[float, float] | None) -> Coded:
+    """Return what a truth value was made into; one of its numbers stands for larger ones, if it is that large."""
+    largest = 0.0 if pair is None else max(map(abs, pair))
+    return dataclasses.replace(v, pair=pair, far=0.5 * largest if largest > FAR else v.far)
 
 
 def outweighs(c: Constant, v: Coded) -> np.ndarray:
@@ -88,12 +95,14 @@ def scaled(v: Coded, factor: np.ndarray) -> Coded:
     """v * factor: the scale times |factor|, the codes times its sign."""
     scale = v.scale * np.where(factor == 0, 1.0, np.abs(factor))
     pair = _paired(v.pair, operator.mul, factor)
+    unit = float(np.max(np.abs(factor), initial=0.0)) * v.unit if v.unit else None
     if np.all(factor > 0):
-        return Coded(v.codes, scale, v.low, v.high, v.zero_point, pair=pair)
+        return _as_mask(Coded(v.codes, scale, v.low, v.high, v.zero_point, unit=unit), pair)
     w = widened(v)
     sign = np.sign(np.broadcast_to(factor, (1,) * w.codes.ndim) if factor.ndim == 0 else factor).astype(np.int64)
     ends = np.minimum(w.low * sign, w.high * sign), np.maximum(w.low * sign, w.high * sign)
-    return dataclasses.replace(wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends), pair=pair)
+    signed = wide(w.codes * jnp.asarray(sign, jnp.int32), scale, *ends)
+    return _as_mask(dataclasses.replace(signed, unit=unit), pair)
 
 
 def absolute(eqn: Eqn, x: Coded) -> Coded:
@@ -114,6 +123,11 @@ def add(eqn: Eqn, a, b) -> Coded:
     for v, mask in ((a, b), (b, a)):
         if hides(mask, v):
             return _masked(v, mask, sum(mask.pair))
+        if mask.unit and mask.unit > FAR * v.real_reach:
+            raise Refusal(
+                f"adds whole numbers times {mask.unit:.3g}, beside which the other values are nothing: give the "
+                "program a mask of booleans"
+            )
     a, b = together([a, b])
     return wide(a.codes + b.codes, a.scale, a.low + b.low, a.high + b.high)
 
@@ -155,7 +169,7 @@ def mul(eqn: Eqn, a, b) -> Coded:
         a, b = b, a
     if isinstance(b, Constant):
         return scaled(a, finite(b))
-    is_square = a is b
+    is_square, pair = a is b, _both(a.pair, b.pair)
     a, b = widened(a), widened(b)
     reach = float(a.reach.max()) * float(b.reach.max())
     down = max(0, math.ceil(math.log2(reach / ROOM)))
@@ -164,7 +178,14 @@ def mul(eqn: Eqn, a, b) -> Coded:
     codes = single_rounding(a.codes, b.codes, jnp.int32(31 - down)) if down else a.codes * b.codes
     codes = lax.optimization_barrier(codes)  # computed once, however many read it
     end = ones(math.ceil(reach / 2**down), codes.ndim, np.int64)
-    return wide(codes, a.scale * b.scale * 2.0**down, 0 * end if is_square else -end, end)
+    return _as_mask(wide(codes, a.scale * b.scale * 2.0**down, 0 * end if is_square else -end, end), pair)
+
+
+def _both(a: tuple[float, float] | None, b: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the two numbers that a product of two truth values is one of, where both may be zero."""
+    if a is None or b is None or not (a[0] == b[0] == 0.0):
+        return None
+    return 0.0, a[1] * b[1]
 
 
 def square(eqn: Eqn, x: Coded) -> Coded:
@@ -322,6 +343,10 @@ def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
     if len(cases) != 2:
         raise Refusal("selects one of several constants: select one of two at a time")
     first, second = (finite(c) for c in cases)
+    if first.size + second.size > 2 and np.any(first) and np.any(second):  # no mask, but numbers and what hides some
+        nearer = min(cases, key=lambda c: float(np.max(np.abs(c.reals), initial=0.0)))
+        aval = eqn.outvars[0].aval
+        return selected(which.array, [coded(c, aval) if c is nearer else c for c in cases])
     chosen = _plus(scaled(identity(eqn, which), second - first), Constant(first))
     largest = max(float(np.max(np.abs(c), initial=0.0)) for c in (first, second))
     return dataclasses.replace(chosen, far=0.5 * largest) if largest > FAR else chosen
@@ -331,7 +356,7 @@ def identity(eqn: Eqn, x):
     """A change of type: of numbers that stand for themselves to codes of scale one, of codes to nothing else."""
     check_real(eqn)
     if isinstance(x, Coded):
-        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point, pair=x.pair)
+        return Coded(x.codes, x.scale, x.low, x.high, x.zero_point, pair=x.pair, unit=x.unit)
     dtype, array = x.array.dtype, x.array
     low, high = (0, 1) if dtype == jnp.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
     if high > INT32[1]:
@@ -339,7 +364,7 @@ def identity(eqn: Eqn, x):
     codes = lax.convert_element_type(array, jnp.int32)
     v = wide(codes, ones(1.0, codes.ndim), ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64))
     v = shifted(v, min(FRACTION, 30 - high.bit_length())) if high < 2**16 else v
-    return dataclasses.replace(v, pair=(0.0, 1.0)) if dtype == jnp.bool_ else v
+    return dataclasses.replace(v, pair=(0.0, 1.0)) if dtype == jnp.bool_ else dataclasses.replace(v, unit=1.0)
 
 
 def check_real(eqn: Eqn) -> None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.integer import curves, picks
+from jaxq.integer import curves
 from jaxq.integer.arithmetic import selected
 from jaxq.integer.hidden import check_near
+from jaxq.integer.scales import coded
 from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Value, as_array, there
 from jaxq.programs import jaxpr
 
@@ -41,6 +42,6 @@ def _chosen(which: jax.Array, cases: Sequence[Value], aval: Any) -> Value:
         return Plain(lax.select_n(index, *(as_array(case, aval) for case in cases)))
     made = [curves.made(case) if isinstance(case, Mapped) else there(case) for case in cases]
     if not any(isinstance(case, Coded) for case in made):
-        made = [picks.one_scale(case, aval) for case in made]
+        made = [coded(case, aval) for case in made]
     check_near(made)
     return selected(jnp.broadcast_to(index, aval.shape), made)

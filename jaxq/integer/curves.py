@@ -37,20 +37,21 @@ def made(value: Mapped) -> Coded:
     line = value.line
     if line.root.is_narrow and line.root.scale.size == 1:
         return _alone(line)
-    return _first(_octaves(CLOSE), _evenly, _octaves(NEAR))(line)
+    return _first(_octaves(CLOSE), _evenly, _octaves(NEAR), told=1)(line)
 
 
 def placed(value: Mapped, grid: Affine) -> Coded:
     """Return a function's int8 codes on the grid of who takes it. Raises `Refusal` where nothing follows it."""
-    return narrowed(_first(lambda line: looked_up(line, grid), _octaves(NEAR))(value.line), grid)
+    return narrowed(_first(lambda line: looked_up(line, grid), _octaves(NEAR), told=0)(value.line), grid)
 
 
 def _octaves(part: float) -> Callable[[Line], Coded]:
     return lambda line: octaves.followed(line, part)
 
 
-def _first(*ways: Callable[[Line], Coded]) -> Callable[[Line], Coded]:
-    """Return what makes a function's codes by the first of several ways that can; the last but one says why not."""
+def _first(*ways: Callable[[Line], Coded], told: int) -> Callable[[Line], Coded]:
+    """Return what makes a function's codes by the first of several ways that can. told: the number of that which says
+    why none can."""
 
     def tried(line: Line) -> Coded:
         reasons: list[Refusal] = []
@@ -59,7 +60,7 @@ def _first(*ways: Callable[[Line], Coded]) -> Callable[[Line], Coded]:
                 return way(line)
             except Refusal as why:
                 reasons.append(why)
-        raise reasons[-2]
+        raise reasons[told]
 
     return tried
 

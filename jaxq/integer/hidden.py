@@ -29,6 +29,8 @@ def far_after(eqn: Eqn, operands: Sequence[Value]) -> float:
     data = [x for x in operands if isinstance(x, Coded)]
     far = min((x.far for x in data), default=math.inf)
     values = [x for x in data if x.pair is None]
+    if not values and _stays_mask(eqn, operands):  # whose numbers are known, and told by the rule
+        return math.inf
     masks = [x for x in operands if isinstance(x, Constant) or (isinstance(x, Coded) and x.pair)]
     if eqn.primitive in (lax.add_p, lax.sub_p) and len(values) == len(masks) == 1:  # which `add` selects by
         if values[0].far == math.inf or hides(masks[0], values[0]):
@@ -36,6 +38,17 @@ def far_after(eqn: Eqn, operands: Sequence[Value]) -> float:
     elif far == math.inf or eqn.primitive in KEEPS or _is_selection(eqn, operands, far):
         return far
     raise Refusal(f"takes {HIDDEN}")
+
+
+def _stays_mask(eqn: Eqn, operands: Sequence[Value]) -> bool:
+    """Tell whether a mask is scaled or shifted by a number, or multiplied by another one."""
+    if eqn.primitive is lax.mul_p and all(isinstance(x, Coded) for x in operands):
+        return True
+    numbers = [x for x in operands if not isinstance(x, Coded)]
+    simple = all(isinstance(x, Constant) and x.reals.size == 1 for x in numbers)
+    return (
+        eqn.primitive in (lax.neg_p, lax.mul_p, lax.add_p, lax.sub_p) and simple and len(numbers) + 1 == len(operands)
+    )
 
 
 def _is_selection(eqn: Eqn, operands: Sequence[Value], far: float) -> bool:

@@ -83,7 +83,7 @@ class Integers:
         constants = [x for x in operands if isinstance(x, Constant)]
         if path in self.jobs:
             return [self.jobs[path].run(operands)]
-        if len(constants) == len(operands) and not eqn.effects:
+        if len(constants) == len(operands) and not eqn.effects and not _counts_symbols(eqn):
             return _ahead(eqn, constants)
         sub = jaxpr.subprogram(eqn)
         if sub is not None:
@@ -158,10 +158,7 @@ class Integers:
     def form(self, eqn: Eqn, result: Rowed, path: Path) -> Coded | None:
         """Return the integers of what an equation completes; of a batch whose size is a symbol, it is what it was at
         the size that the program was built for."""
-        known = self.forms.get(path) if rows.is_symbolic(result) else None
-        if known is None and rows.is_symbolic(result):
-            return None
-        completed = rows.completed(eqn, result, known)
+        completed = rows.completed(eqn, result, self.forms.get(path))
         if completed is None:
             return None
         self.forms[path], value = completed
@@ -248,6 +245,11 @@ def _ahead(eqn: Eqn, operands: Sequence[Constant]) -> Sequence[Constant]:
     pairs = zip(operands, eqn.invars, strict=True)
     with jax.ensure_compile_time_eval():
         return [known(y) for y in jaxpr.rebind(eqn, *(as_array(x, v.aval) for x, v in pairs))]
+
+
+def _counts_symbols(eqn: Eqn) -> bool:
+    """Tell whether integers of a size that is a symbol come out, which are known when the program runs."""
+    return any(not jaxpr.is_float(v.aval) and not all(isinstance(n, int) for n in v.aval.shape) for v in eqn.outvars)
 
 
 def _is_whole(eqn: Eqn, operands: Sequence[Value]) -> bool:

@@ -71,7 +71,9 @@ def _moved(eqn: Eqn, v: Coded) -> Coded:
     else:
         scale = ones(v.scale.max(), rank)
         low, high = ones(v.low.min(), rank, np.int64), ones(v.high.max(), rank, np.int64)
-    return Coded(codes, scale, low, high, v.zero_point, far=v.far, pair=v.pair)
+    if not scale.size:  # none of channels of different scales
+        scale, low, high = ones(1.0, rank), ones(0, rank, np.int64), ones(0, rank, np.int64)
+    return Coded(codes, scale, low, high, v.zero_point, far=v.far, pair=v.pair, unit=v.unit)
 
 
 def reshaped(v: Coded, shape: Sequence) -> Coded:

@@ -1,6 +1,7 @@
 """What picks values by their place or puts them there, and what orders them: the codes, which have one scale.
 
-Codes are in the order of the numbers that they stand for, so that a sort of codes is a sort of numbers.
+Codes are in the order of the numbers that they stand for, so that a sort of codes is a sort of numbers; numbers that
+stand for larger ones stay such.
 """
 
 import dataclasses
@@ -8,18 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.integer.hidden import check_near
 from jaxq.integer.moves import joined
-from jaxq.integer.scales import finite, uniform
-from jaxq.integer.values import ROOM, Coded, Constant, Plain, Refusal, Value, as_array, ones
+from jaxq.integer.scales import alike, coded, uniform
+from jaxq.integer.values import Coded, Constant, Plain, Refusal, Value, as_array
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
-
-# The scale of zeros, which any other value outweighs.
-NOTHING = 2.0**-100
 
 
 def check_filling(mode: Any, number: Any) -> None:
@@ -29,29 +27,12 @@ def check_filling(mode: Any, number: Any) -> None:
         raise Refusal(f"fills in {number} where an index is out of bounds: fill in zero, or clip the index")
 
 
-def one_scale(x: Value, aval: Any) -> Coded:
-    """Return codes of one scale: of parameters, thirty bits of their largest number; zeros have next to none."""
-    if isinstance(x, Coded):
-        return uniform(x)
-    assert isinstance(x, Constant), "real numbers are codes or parameters here"
-    reals = np.broadcast_to(finite(x), aval.shape)
-    scale = float(np.max(np.abs(reals), initial=0.0)) / ROOM or NOTHING
-    codes = np.rint(reals / scale).astype(np.int64)
-    return _like(jnp.asarray(codes, jnp.int32), scale, int(codes.min(initial=0)), int(codes.max(initial=0)))
-
-
 def _picked(v: Coded, codes: jax.Array, *, filled: bool = False) -> Coded:
     """Return some of the values of an array. filled: with zeros, where there are none."""
     low, high = int(v.low.min()), int(v.high.max())
     low, high = (min(low, 0), max(high, 0)) if filled else (low, high)
-    like = _like(codes, v.scale.max(), low, high)
+    like = alike(codes, float(v.scale.max()), low, high)
     return dataclasses.replace(like, zero_point=v.zero_point, far=v.far)
-
-
-def _like(codes: jax.Array, scale: float, low: int, high: int) -> Coded:
-    """Return codes of which all are alike."""
-    ends = ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64)
-    return Coded(codes, ones(scale, codes.ndim), *ends)
 
 
 def _places(eqn: Eqn, indices: Sequence[Value], first: int) -> list[jax.Array]:
@@ -63,7 +44,7 @@ def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
     """Values at indices; zeros where an index is out of bounds and the program has NaN."""
     p = eqn.params
     check_filling(p["mode"], p["fill_value"])
-    v, (places,) = one_scale(x, eqn.invars[0].aval), _places(eqn, [indices], 1)
+    v, (places,) = coded(x, eqn.invars[0].aval), _places(eqn, [indices], 1)
     codes = lax.gather(
         v.codes,
         places,
@@ -79,13 +60,14 @@ def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
 
 def dynamic_slice(eqn: Eqn, x: Coded | Constant, *starts: Value) -> Coded:
     """A part that begins at an index."""
-    v = one_scale(x, eqn.invars[0].aval)
+    v = coded(x, eqn.invars[0].aval)
     return _picked(v, jaxpr.rebind(eqn, v.codes, *_places(eqn, starts, 1))[0])
 
 
 def _put(pairs: Sequence[tuple[Value, Any]], put: Callable[[list[jax.Array]], jax.Array]) -> Coded:
     """Return values with others put in among them, all of one scale. pairs: both, and their variables."""
-    parts = [one_scale(x, v.aval) for x, v in pairs]
+    parts = [coded(x, v.aval) for x, v in pairs]
+    check_near(parts)
     return joined(parts, [part.codes.shape for part in parts], put)
 
 
@@ -113,7 +95,7 @@ def cumulative(eqn: Eqn, x: Coded) -> Coded:
 def _opened(eqn: Eqn, operands: Sequence[Value]) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], list]]:
     """Return arrays to be reordered, and what makes values of them again."""
     pairs = zip(operands, eqn.invars, strict=True)
-    kept = [one_scale(x, v.aval) if jaxpr.is_float(v.aval) else Plain(as_array(x, v.aval)) for x, v in pairs]
+    kept = [coded(x, v.aval) if jaxpr.is_float(v.aval) else Plain(as_array(x, v.aval)) for x, v in pairs]
     arrays = [v.codes if isinstance(v, Coded) else v.array for v in kept]
 
     def closed(arrays: Sequence[jax.Array]) -> list:

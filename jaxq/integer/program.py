@@ -97,12 +97,12 @@ def integer(f: Callable, plan: Plan, *, argnums: Argnums = 0) -> Callable[..., I
     plan: static and calibrated, such as of `jaxq.w8a8(static=True)`; params: float, or those of `convert`; args may be
     `ShapeDtypeStruct`s. Float inputs are quantized where sites take them, and values outside of the calibrated range
     saturate; NaN enters as zero. What else takes an input, a residual sum or the state of a cell, has it in 24 bits, up
-    to 16 times the largest number of the arrays in args. Between sites values are int32 at the scale of the sum that they are: a bias is added
-    there, constant factors go into the scale, and a site that takes them rounds them to its int8 grid by a fixed-point
-    multiplier, or a shift where all scales are powers of two. Functions of one value become tables. What is computed
-    from parameters alone is computed ahead, in float. Raises `TypeError` for a policy, which knows no ranges, and
-    `ValueError` that lists every operation without an integer form, with its site or its name, its line, the reason
-    and what would make one: scales from the data, sites in float, sums that int32 may not hold.
+    to 16 times the largest number of the arrays in args. Between sites values are int32 at the scale of the sum that
+    they are: a bias is added there, constant factors go into the scale, and a site that takes them rounds them to its
+    int8 grid by a fixed-point multiplier, or a shift where all scales are powers of two. Functions of one value become
+    tables. What is computed from parameters alone is computed ahead, in float. Raises `TypeError` for a policy, which
+    knows no ranges, and `ValueError` that lists every operation without an integer form, with its site or its name, its
+    line, the reason and what would make one: scales from the data, sites in float, sums that int32 may not hold.
 
     >>> import jax, jax.numpy as jnp, jaxq
     >>> def f(params, x):

@@ -28,6 +28,8 @@ def _even(v: Coded, axes: Sequence[int]) -> Coded:
 
 def _summable(v: Coded, terms: int, axes: Sequence[int]) -> Coded:
     """Return int32 codes of which that many can be added up, with one scale along some axes."""
+    if not isinstance(terms, int):
+        raise Refusal("sums over an axis whose length is a symbol: int32 may not hold it, export with a known length")
     return within(_even(v, axes), INT32[1] // max(terms, 1))
 
 

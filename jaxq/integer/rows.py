@@ -20,12 +20,13 @@ from jaxq.integer import arithmetic, curves, softmax
 from jaxq.integer.moves import reshaped
 from jaxq.integer.norms import normalized
 from jaxq.integer.origins import Cut, View, cuts
+from jaxq.integer.tables import ELEMENTWISE
 from jaxq.integer.values import Coded, Constant, Mapped, Refusal, Rowed
 from jaxq.programs import jaxpr
 
 # How close a function comes to a softmax, and to a norm over the size of its gain.
 CLOSE, NEAR = 1e-4, 1e-3
-DRAWS = 3
+DRAWS, OFFSETS = 3, 24
 Shape = tuple[Any, ...]
 
 
@@ -76,48 +77,47 @@ class Found(NamedTuple):
 
 def may_complete(eqn: Any, operands: Sequence[Any]) -> bool:
     """Tell whether an equation is worth a look: operands without integers so far, or one that may have none itself."""
+    if eqn.primitive not in ELEMENTWISE:  # which ends nothing, though powers of rows of one number are their softmax
+        return False
     return eqn.primitive in (lax.log_p, lax.div_p) or any(isinstance(x, Mapped | Rowed) for x in operands)
 
 
 def completed(eqn: Any, result: Rowed, known: Found | None) -> tuple[Found, Coded] | None:
     """Return what an equation completes, and its integers; None if nothing.
 
-    known: what it was found to be for arguments of other sizes, where those at hand are not known in numbers.
+    known: what it was found to be before, which it is where shapes have symbols or nothing in them. Raises `Refusal`
+    for a softmax or a norm of too many numbers.
     """
-    aval = eqn.outvars[0].aval
-    if not jaxpr.is_float(aval):
+    shape = eqn.outvars[0].aval.shape
+    if not jaxpr.is_float(eqn.outvars[0].aval):
         return None
-    whole = eqn.primitive is not lax.log_p
-    found = [(n, cut, cut.view) for n, cut in enumerate(cuts(result))]
-    for n, cut, view in reversed(
-        found
-    ):  # the farthest first: a softmax of x, not of what is left when the maximum is off
-        if view is None or math.prod(aval.shape) != math.prod(view.shape if whole else view.each):
-            continue
-        if known is not None and known.number != n:
+    # The farthest first: a softmax of x rather than of x less its maximum.
+    for number, cut in reversed([*enumerate(cuts(result))]):
+        view = cut.view
+        if view is None or math.prod(shape) != math.prod(view.each if eqn.primitive is lax.log_p else view.shape):
             continue
         try:
             root = curves.made(cut.root) if isinstance(cut.root, Mapped) else cut.root
-            form = known.form if known else _recognized(cut, root, view, aval.shape)
-            if form is not None:
-                return Found(n, form), form.carried_out(root, view, aval.shape)
         except Refusal:
             continue
+        if all(isinstance(n, int) for n in root.shape) and root.codes.size:
+            form = _recognized(cut, root, view, shape)
+        else:
+            counted = all(isinstance(view.shape[axis], int) for axis in view.axes)
+            form = known.form if known is not None and known.number == number and counted else None
+        if form is not None:
+            return Found(number, form), form.carried_out(root, view, shape)
     return None
-
-
-def is_symbolic(result: Rowed) -> bool:
-    """Tell whether a shape is not known in numbers, so that no rows can be drawn."""
-    return not all(isinstance(n, int) for v in result.by.eqn.invars for n in v.aval.shape)
 
 
 def _recognized(cut: Cut, root: Coded, view: View, shape: Shape) -> Form | None:
     """Return what a function of rows is; None for others."""
-    if not root.codes.size:
-        return None
     probe = _Probe(cut, root, view, shape)
     if math.prod(shape) != math.prod(view.shape):
-        return probe.log_sum_exp()
+        sums = probe.log_sum_exp()
+        # The largest of a row may be a number that stands for a larger one.
+        is_told = sums is None or root.far == math.inf or (sums.shifted and root.ends[1] < root.far)
+        return sums if is_told else None
     slope = probe.softmax()
     if slope is not None:
         # What hides a position is far below; far above, it would be all that counts.
@@ -196,8 +196,10 @@ class _Probe:
 
     def log_sum_exp(self) -> LogSumExp | None:
         """Return the logarithm of a sum of powers, shifted by the largest number or not; None where it is neither."""
-        fits = [LogSumExp(False), LogSumExp(True)]
-        for x in (self.draw(1.0, 1.0), self.draw(0.01, 10.0), *self.draws(20)):
+        fits, near = [LogSumExp(False), LogSumExp(True)], self.draw(1.0, 1.0)
+        offsets = np.geomspace(0.05, max(self.far, 0.1), OFFSETS)
+        around = [near + sign * offset for offset in offsets for sign in (-1, 1)]
+        for x in (near, self.draw(0.01, 10.0), *self.draws(20), *around):
             y, top = self.of(x), x.max(self.axes, keepdims=True)
             above = np.log(np.exp(x - top).sum(self.axes, keepdims=True))
             reached, allowed = np.isfinite(y), CLOSE + 1e-6 * np.abs(x).max(self.axes, keepdims=True)

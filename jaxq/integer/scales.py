@@ -4,20 +4,24 @@
 that leaves their sum thirty bits: rounding there is a billionth of what the sum could be.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.values import INT32, ROOM, Affine, Coded, Constant, Refusal, ones, wide
+from jaxq.integer.values import INT32, ROOM, Affine, Coded, Constant, Refusal, Value, ones, wide
 from jaxq.numbers.requantize import SINGLE, quantize_multiplier, requantize, rescale, to_codes
 
 # What a sum with a narrow value is computed in: steps of 2^-16 of the value's own.
 FRACTION = 16
 # How much larger than a value a constant that takes its place may be: what is left of thirty bits is fifteen.
 FAR = 2.0**15
+# The scale of zeros, which any other value outweighs.
+NOTHING = 2.0**-100
 SMALLER = "give the program int16 or less, or compute with integers before they become real numbers"
 
 
@@ -151,6 +155,29 @@ def finite(c: Constant) -> np.ndarray:
     if not np.isfinite(c.reals).all():
         raise Refusal("has a constant that is not finite, for which there is no code: use a finite number")
     return c.reals
+
+
+def coded(x: Value, aval: Any) -> Coded:
+    """Return codes of one scale: of parameters, thirty bits of their largest number; zeros have next to none.
+
+    Numbers like those that hide positions stand for larger ones.
+    """
+    if isinstance(x, Coded):
+        return uniform(x)
+    assert isinstance(x, Constant), "real numbers are codes or parameters here"
+    reals = finite(x)
+    largest, rank = float(np.max(np.abs(reals), initial=0.0)), len(aval.shape)
+    scale = largest / ROOM or NOTHING
+    codes = np.rint(reals / scale).astype(np.int64).reshape((1,) * (rank - reals.ndim) + reals.shape)
+    array = jnp.broadcast_to(jnp.asarray(codes, jnp.int32), aval.shape)
+    v = alike(array, scale, int(codes.min(initial=0)), int(codes.max(initial=0)))
+    return dataclasses.replace(v, far=0.5 * largest) if largest > FAR else v
+
+
+def alike(codes: jax.Array, scale: float, low: int, high: int) -> Coded:
+    """Return codes of one scale and one range."""
+    ends = ones(low, codes.ndim, np.int64), ones(high, codes.ndim, np.int64)
+    return Coded(codes, ones(scale, codes.ndim), *ends)
 
 
 def beside(values: Sequence[Coded], constants: Sequence[Constant]) -> float:

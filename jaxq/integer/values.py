@@ -19,8 +19,8 @@ INT8, INT32 = (-128, 127), (-(2**31), 2**31 - 1)
 # Bits of the sums that different scales are brought together for: their codes stay within +-2^30.
 ROOM = 2.0**30
 HIDDEN = (
-    "a number that is far from all others, as those that hide a position: only a softmax or a maximum takes it, of "
-    "scores selected by jnp.where"
+    "a number that is far from all others, as those that hide a position: only a softmax (not its logarithm), the "
+    "largest of an axis and what moves it take it, of scores selected by jnp.where, to which nothing else is added"
 )
 
 
@@ -70,7 +70,8 @@ class Coded:
     """Codes of real numbers. codes: int8, or int32 with zero point 0; scale, low, high: [...] of the codes' rank, with
     ones where all are alike; line: what it is a function of, by default of nothing but itself; by: how it was computed;
     far: real numbers of this size and above stand for larger ones, as those that hide a position from a softmax;
-    pair: of what a truth value was made into, the number for false and that for true."""
+    pair: of what a truth value was made into, the number for false and that for true; unit: of what whole numbers of
+    the program were made into, that for one."""
 
     codes: jax.Array
     scale: np.ndarray
@@ -81,6 +82,7 @@ class Coded:
     by: By | None = None
     far: float = math.inf
     pair: tuple[float, float] | None = None
+    unit: float | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
