@@ -241,7 +241,7 @@ NEAR_ZERO = {
 }
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1, 30])
+@pytest.mark.parametrize("scale", [1e-3, 30])
 @pytest.mark.parametrize("name", NEAR_ZERO)
 def test_functions_that_change_fast_near_zero_are_followed(name, scale):
     """Within a part of what they are, however small the argument; the matrix has outputs of many sizes."""
