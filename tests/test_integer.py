@@ -503,6 +503,7 @@ FAST = {
     "sine": lambda h: jnp.sin(3 * h),
     "sine_of_a_site": lambda h: jnp.sin(3 * h) @ jnp.eye(4),
     "sawtooth": lambda h: h % 1.0,
+    "tangent": jnp.tan,
 }
 WIDE, DATA = {"w": jnp.asarray(np.random.default_rng(6).normal(size=(512, 4)), jnp.float32)}, jnp.ones((2, 512))
 
