@@ -336,6 +336,23 @@ def test_steps_of_a_recurrent_state_do_not_start_from_its_zeros(loop):
     assert error < 0.03
 
 
+def losses_of(loss, trained, rate, steps):
+    """Return the losses of so many steps of Adam."""
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def step(trained, state):
+        value, gradient = jax.value_and_grad(loss)(trained)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(trained, updates), state, value
+
+    state, losses = optimizer.init(trained), []
+    for _ in range(steps):
+        trained, state, value = step(trained, state)
+        losses.append(float(value))
+    return losses
+
+
 @pytest.mark.parametrize(
     "weight",
     [jaxq.Quantizer(Int(4), calibrator=jaxq.learned()), jaxq.Quantizer(Int(8), calibrator=jaxq.learned()),
@@ -356,18 +373,7 @@ def test_a_layer_of_zeros_is_zero_and_can_be_trained(weight):
 
     _, plan = jaxq.observe(f, jaxq.weight_only(weight))(w, x)
     np.testing.assert_array_equal(jaxq.qat(f, plan)(w, x), 0)
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def step(w, state):
-        loss, gradient = jax.value_and_grad(lambda w: jnp.mean((jaxq.qat(f, plan)(w, x) - target) ** 2))(w)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(w, updates), state, loss
-
-    state, losses = optimizer.init(w), []
-    for _ in range(150):
-        w, state, loss = step(w, state)
-        losses.append(float(loss))
+    losses = losses_of(lambda w: jnp.mean((jaxq.qat(f, plan)(w, x) - target) ** 2), w, rate=1e-2, steps=150)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -439,18 +445,7 @@ def test_steps_of_zero_come_back(name):
     np.testing.assert_array_equal(jax.jit(jaxq.quantize(f, plan))(jaxq.convert(f, plan)(w, x), x), trained)
     # What is below the least step in use is used as that.
     np.testing.assert_array_equal(*(jax.tree.leaves(jax.grad(loss)(p))[0] for p in (plan, tiny)))
-    optimizer = optax.adam(3e-2)
-
-    @jax.jit
-    def step(plan, state):
-        value, gradient = jax.value_and_grad(loss)(plan)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(plan, updates), state, value
-
-    state, losses = optimizer.init(plan), []
-    for _ in range(60):
-        plan, state, value = step(plan, state)
-        losses.append(float(value))
+    losses = losses_of(loss, plan, rate=3e-2, steps=60)
     assert losses[-1] < 0.4 * losses[0]
 
 

@@ -25,6 +25,7 @@ from jaxq.integer.scales import (
     coarser,
     coded,
     constant,
+    far_of,
     finite,
     is_full,
     power_above,
@@ -73,7 +74,7 @@ def _plus(v: Coded, c: Constant) -> Coded:
 def _as_mask(v: Coded, pair: tuple[float, float] | None) -> Coded:
     """Return what a truth value was made into; one of its numbers stands for larger ones, if it is that large."""
     largest = 0.0 if pair is None else max(map(abs, pair))
-    return dataclasses.replace(v, pair=pair, far=0.5 * largest if largest > FAR else v.far)
+    return dataclasses.replace(v, pair=pair, far=far_of(largest))
 
 
 def outweighs(c: Constant, v: Coded) -> np.ndarray:
@@ -349,7 +350,7 @@ def _constants(eqn: Eqn, which: Plain, cases) -> Coded:
         return selected(which.array, [coded(c, aval) if c is nearer else c for c in cases])
     chosen = _plus(scaled(identity(eqn, which), second - first), Constant(first))
     largest = max(float(np.max(np.abs(c), initial=0.0)) for c in (first, second))
-    return dataclasses.replace(chosen, far=0.5 * largest) if largest > FAR else chosen
+    return dataclasses.replace(chosen, far=far_of(largest))
 
 
 def identity(eqn: Eqn, x):

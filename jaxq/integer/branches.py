@@ -11,7 +11,7 @@ from jaxq.integer import curves
 from jaxq.integer.arithmetic import selected
 from jaxq.integer.hidden import check_near
 from jaxq.integer.scales import coded
-from jaxq.integer.values import Coded, Constant, Entry, Mapped, Plain, Refusal, Refused, Value, as_array, there
+from jaxq.integer.values import Coded, Constant, Entry, Plain, Refusal, Refused, Value, as_array, there
 from jaxq.programs import jaxpr
 
 Run = Callable[[int], list[Value]]
@@ -40,7 +40,7 @@ def _chosen(which: jax.Array, cases: Sequence[Value], aval: Any) -> Value:
     index = which != 0 if len(cases) == 2 else which
     if not jaxpr.is_float(aval):
         return Plain(lax.select_n(index, *(as_array(case, aval) for case in cases)))
-    made = [curves.made(case) if isinstance(case, Mapped) else there(case) for case in cases]
+    made = [curves.formed(there(case)) for case in cases]
     if not any(isinstance(case, Coded) for case in made):
         made = [coded(case, aval) for case in made]
     check_near(made)

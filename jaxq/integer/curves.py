@@ -6,6 +6,7 @@ TensorFlow Lite for 16 bits, over the range in which it changes.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,11 @@ def made(value: Mapped) -> Coded:
     if line.root.is_narrow and line.root.scale.size == 1:
         return _alone(line)
     return _first(_octaves(CLOSE), _evenly, _octaves(NEAR), told=1)(line)
+
+
+def formed(x: Any) -> Any:
+    """Return a value that is more than a function yet to be made."""
+    return made(x) if isinstance(x, Mapped) else x
 
 
 def placed(value: Mapped, grid: Affine) -> Coded:

@@ -96,7 +96,7 @@ class Integers:
         if eqn.primitive is lax.split_p:
             return moves.split(eqn, there(operands[0]))
         if eqn.primitive in picks.SEVERAL:
-            return picks.SEVERAL[eqn.primitive](eqn, *(_made(there(x)) for x in operands))
+            return picks.SEVERAL[eqn.primitive](eqn, *(curves.formed(there(x)) for x in operands))
         return [_filled(eqn, self.ordinary(eqn, operands, path))]
 
     def entering(self, eqn: Eqn, operands: Sequence[Value], path: Path) -> Sequence[Value]:
@@ -186,16 +186,11 @@ class Integers:
         if rule is None:
             raise Refusal(f"has no integer form{', and no table, as it takes several values' if len(data) > 1 else ''}")
         rank = len(eqn.outvars[0].aval.shape)
-        operands = [_made(x) for x in operands]
+        operands = [curves.formed(x) for x in operands]
         if eqn.primitive in tables.ELEMENTWISE:
             operands = [_raised(x, rank) for x in operands]
         result = rule(eqn, *operands)
         return dataclasses.replace(result, line=line) if line and isinstance(result, Coded | Plain) else result
-
-
-def _made(x: Value) -> Value:
-    """Return a value that is more than a function yet to be made."""
-    return curves.made(x) if isinstance(x, Mapped) else x
 
 
 def _named(eqn: Eqn, job: Job | None = None) -> str:

@@ -1,5 +1,6 @@
 """What moves values about: the codes move, and scales that differ by channel with them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.integer.scales import beside, constant, refined, together, uniform
+from jaxq.integer.scales import alike, beside, constant, refined, together, uniform
 from jaxq.integer.values import INT32, Coded, Constant, Mapped, Plain, Refusal, Value, ones, span
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
@@ -80,9 +81,16 @@ def reshaped(v: Coded, shape: Sequence) -> Coded:
     """Return codes in another shape, of one scale if it is another one."""
     if tuple(shape) == v.codes.shape:
         return v
-    v, rank = uniform(v), len(shape)
-    low, high = ones(v.low.min(), rank, np.int64), ones(v.high.max(), rank, np.int64)
-    return Coded(v.codes.reshape(shape), ones(v.scale.max(), rank), low, high, v.zero_point, far=v.far)
+    v = uniform(v)
+    return arranged(v, v.codes.reshape(shape))
+
+
+def arranged(v: Coded, codes: jax.Array, *, filled: bool = False) -> Coded:
+    """Return codes of values of one scale, in another arrangement, or some of them. filled: with zeros beside them."""
+    low, high = int(v.low.min()), int(v.high.max())
+    low, high = (min(low, 0), max(high, 0)) if filled else (low, high)
+    like = alike(codes, float(v.scale.max()), low, high)
+    return dataclasses.replace(like, zero_point=v.zero_point, far=v.far)
 
 
 def _ranked(s: np.ndarray, rank: int) -> np.ndarray:

@@ -4,7 +4,6 @@ Codes are in the order of the numbers that they stand for, so that a sort of cod
 stand for larger ones stay such.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxq.integer.hidden import check_near
-from jaxq.integer.moves import joined
-from jaxq.integer.scales import alike, coded, uniform
+from jaxq.integer.moves import arranged, joined
+from jaxq.integer.scales import coded, uniform
 from jaxq.integer.values import Coded, Constant, Plain, Refusal, Value, as_array
 from jaxq.programs import jaxpr
 from jaxq.programs.jaxpr import Eqn
@@ -25,14 +24,6 @@ def check_filling(mode: Any, number: Any) -> None:
     filled = mode == lax.GatherScatterMode.FILL_OR_DROP and number is not None
     if filled and not np.isnan(number) and number != 0:
         raise Refusal(f"fills in {number} where an index is out of bounds: fill in zero, or clip the index")
-
-
-def _picked(v: Coded, codes: jax.Array, *, filled: bool = False) -> Coded:
-    """Return some of the values of an array. filled: with zeros, where there are none."""
-    low, high = int(v.low.min()), int(v.high.max())
-    low, high = (min(low, 0), max(high, 0)) if filled else (low, high)
-    like = alike(codes, float(v.scale.max()), low, high)
-    return dataclasses.replace(like, zero_point=v.zero_point, far=v.far)
 
 
 def _places(eqn: Eqn, indices: Sequence[Value], first: int) -> list[jax.Array]:
@@ -55,13 +46,13 @@ def gather(eqn: Eqn, x: Coded | Constant, indices: Value) -> Coded:
         mode=p["mode"],
         fill_value=v.codes.dtype.type(v.zero_point),
     )
-    return _picked(v, codes, filled=p["mode"] == lax.GatherScatterMode.FILL_OR_DROP)
+    return arranged(v, codes, filled=p["mode"] == lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def dynamic_slice(eqn: Eqn, x: Coded | Constant, *starts: Value) -> Coded:
     """A part that begins at an index."""
     v = coded(x, eqn.invars[0].aval)
-    return _picked(v, jaxpr.rebind(eqn, v.codes, *_places(eqn, starts, 1))[0])
+    return arranged(v, jaxpr.rebind(eqn, v.codes, *_places(eqn, starts, 1))[0])
 
 
 def _put(pairs: Sequence[tuple[Value, Any]], put: Callable[[list[jax.Array]], jax.Array]) -> Coded:
@@ -86,7 +77,7 @@ def scatter(eqn: Eqn, x: Value, indices: Value, update: Value) -> Coded:
 def cumulative(eqn: Eqn, x: Coded) -> Coded:
     """The largest or the smallest of a value and all before it."""
     v = uniform(x)
-    return _picked(v, jaxpr.rebind(eqn, v.codes)[0])
+    return arranged(v, jaxpr.rebind(eqn, v.codes)[0])
 
 
 # --- several results -------------------------------------------------------------------------------------------------
@@ -100,7 +91,7 @@ def _opened(eqn: Eqn, operands: Sequence[Value]) -> tuple[list[jax.Array], Calla
 
     def closed(arrays: Sequence[jax.Array]) -> list:
         pairs = zip(kept, arrays, strict=True)
-        return [_picked(v, a) if isinstance(v, Coded) else Plain(a) for v, a in pairs]
+        return [arranged(v, a) if isinstance(v, Coded) else Plain(a) for v, a in pairs]
 
     return arrays, closed
 
@@ -115,7 +106,7 @@ def top_k(eqn: Eqn, x: Coded) -> list:
     """The largest values, and where they are."""
     v = uniform(x)
     codes, places = jaxpr.rebind(eqn, v.codes)
-    return [_picked(v, codes), Plain(places)]
+    return [arranged(v, codes), Plain(places)]
 
 
 RULES: dict[object, Callable[..., Value]] = {

@@ -32,7 +32,7 @@ def quotient(a: Value, b: Value) -> Coded:
             "divides by what may be zero, or near to it: bound it from below, by jnp.maximum or a sum, or have a site "
             "of the plan take the quotient as it is"
         ) from None
-    return arithmetic.mul(None, curves.made(a) if isinstance(a, Mapped) else a, factor)
+    return arithmetic.mul(None, curves.formed(a), factor)
 
 
 def placed(x: Rowed, grid: Affine) -> Coded:
@@ -44,7 +44,7 @@ def placed(x: Rowed, grid: Affine) -> Coded:
         return moved
     if eqn.primitive is not lax.div_p or not all(isinstance(v, Coded | Mapped) for v in operands):
         raise x.why
-    a, b = (uniform(widened(curves.made(v) if isinstance(v, Mapped) else v)) for v in operands)
+    a, b = (uniform(widened(curves.formed(v))) for v in operands)
     if min(a.far, b.far) < np.inf:
         raise Refusal(f"takes {HIDDEN}")
     codes = to_codes(divided(a.codes, b.codes, float(a.scale.max() / b.scale.max() / grid.scale)), *grid[1:])

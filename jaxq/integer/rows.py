@@ -97,7 +97,7 @@ def completed(eqn: Any, result: Rowed, known: Found | None) -> tuple[Found, Code
         if view is None or math.prod(shape) != math.prod(view.each if eqn.primitive is lax.log_p else view.shape):
             continue
         try:
-            root = curves.made(cut.root) if isinstance(cut.root, Mapped) else cut.root
+            root = curves.formed(cut.root)
         except Refusal:
             continue
         if all(isinstance(n, int) for n in root.shape) and root.codes.size:

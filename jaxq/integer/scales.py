@@ -5,6 +5,7 @@ that leaves their sum thirty bits: rounding there is a billionth of what the sum
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,7 +172,12 @@ def coded(x: Value, aval: Any) -> Coded:
     codes = np.rint(reals / scale).astype(np.int64).reshape((1,) * (rank - reals.ndim) + reals.shape)
     array = jnp.broadcast_to(jnp.asarray(codes, jnp.int32), aval.shape)
     v = alike(array, scale, int(codes.min(initial=0)), int(codes.max(initial=0)))
-    return dataclasses.replace(v, far=0.5 * largest) if largest > FAR else v
+    return dataclasses.replace(v, far=far_of(largest))
+
+
+def far_of(largest: float) -> float:
+    """Return the size from which numbers stand for larger ones, if the largest of them is one that hides others."""
+    return 0.5 * largest if largest > FAR else math.inf
 
 
 def alike(codes: jax.Array, scale: float, low: int, high: int) -> Coded:
